@@ -1,0 +1,198 @@
+"""The one complete default configuration. Stages and ablations edit it (`configs/*.py`).
+
+Every key the library reads is declared here with its default, its unit and its source. Files under
+`configs/` call `default()` and set what differs, so the diff that `instap train` records says
+exactly what a run changed. Optional values are `placeholder(type)`, never a plain None, so that
+they can be overridden from the command line.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def default() -> ConfigDict:
+    """Returns the complete default configuration, at the paper's stage-1 numbers where it has any.
+
+    The field `stage` selects the objective: 'teacher' (a small CLIP, for when no CLIP weights are
+    at hand), 'distill' (PAPER stage 1: masked video distillation).
+    """
+    c = ConfigDict()
+    c.stage = "distill"
+    c.seed = 0
+    c.steps = 1000  # optimizer steps of the whole run
+    c.data = _data()
+    c.tokenizer = _tokenizer()
+    c.vision = _vision()
+    c.teacher = _teacher()
+    c.text = _text()
+    c.distill = _distill()
+    c.contrastive = _contrastive()
+    c.optimizer = _optimizer()
+    c.mesh = _mesh()
+    c.compute = _compute()
+    c.checkpoint = _checkpoint()
+    c.log = _log()
+    c.evaluate = _evaluate()
+    return c
+
+
+def _data() -> ConfigDict:
+    c = ConfigDict()
+    # Corpora to mix: 'DIR:SPLIT=WEIGHT' separated by commas; DIR is what `instap pack` wrote,
+    # WEIGHT (default 1) is relative to the other corpora of the same kind. Empty: none.
+    c.videos = ""
+    c.images = ""
+    # Fraction of the steps that use an image batch when both kinds are given. Which step is which
+    # depends on the step number alone.
+    c.image_fraction = 0.5
+    c.batch_size = 64  # samples per step, over all devices
+    c.group_size = placeholder(int)  # samples per group b; unset: one group per data shard
+    c.frames = 8  # T of a video clip; an image has 1
+    # 'random': one random frame in each of T equal segments; 'uniform': the middle of each.
+    c.sampling = "random"
+    # Static canvas (height, width) in pixels. A stored frame is placed top left; one that is
+    # larger is scaled down to fit, keeping its aspect.
+    c.canvas = (256, 456)
+    c.instances_per_sample = 4  # instance budget: n = ceil(b * this)
+    c.workers = 4  # processes per host that read and decode; 0: in the main process
+    c.prefetch = 4  # batches buffered per worker
+    c.device_prefetch = 2  # batches already on the device
+    c.max_fault_rate = 0.01  # more unreadable samples than this, over the run so far, stop it
+    c.shuffle = True
+    # Device-side augmentation: area of the random view as a fraction of the picture, and its
+    # aspect ratio (UMT: RandomResizedCrop(scale=(0.5, 1))); flip skips samples that name a side.
+    c.view_area = (0.5, 1.0)
+    c.view_aspect = (0.75, 1.3333)
+    c.flip = True
+    return c
+
+
+def _tokenizer() -> ConfigDict:
+    c = ConfigDict()
+    # 'sentencepiece' (a .model file) or 'wordpiece' (a BERT vocab.txt).
+    c.kind = "sentencepiece"
+    c.path = placeholder(str)
+    c.length = 32  # tokens s, [CLS] and [SEP] included (UMT)
+    return c
+
+
+def _vision() -> ConfigDict:
+    """The student: ViT-L/16, no class token, joint space-time attention, tubelet 1 (PAPER 3)."""
+    c = ConfigDict()
+    c.width = 1024
+    c.depth = 24
+    c.heads = 16
+    c.mlp_ratio = 4.0
+    c.patch = 16
+    c.image_size = 224
+    c.drop_path = 0.2  # of the last layer, rising linearly from 0 (UMT)
+    return c
+
+
+def _teacher() -> ConfigDict:
+    """The frozen teacher: CLIP ViT-L/14 at 196 px (PAPER 3)."""
+    c = ConfigDict()
+    # A workdir of a 'teacher' run, or a directory made by `instap convert --from=clip`.
+    c.checkpoint = placeholder(str)
+    c.width = 1024
+    c.depth = 24
+    c.heads = 16
+    c.mlp_ratio = 4.0
+    c.patch = 14
+    c.image_size = 196
+    c.projection = 768
+    return c
+
+
+def _text() -> ConfigDict:
+    """BERT-large (PAPER 4)."""
+    c = ConfigDict()
+    c.vocab_size = 30522
+    c.width = 1024
+    c.depth = 24
+    c.heads = 16
+    c.mlp_ratio = 4.0
+    c.max_length = 512
+    c.dropout = 0.1
+    return c
+
+
+def _distill() -> ConfigDict:
+    """Loss (1) and the attention-guided mask (PAPER 3 and 6)."""
+    c = ConfigDict()
+    c.layers = 6  # distilled layers: 6 (UMT) or 1 (the paper's single h)
+    c.mask_ratio = 0.8  # rho: ceil(rho * L) tokens are masked
+    # 'cls': the teacher's last-layer [CLS] attention row (UMT). 'received': column mean.
+    c.mask_score = "cls"
+    # 'sample': visible tokens drawn without replacement in proportion to the score (UMT).
+    # 'topk': the ceil(rho * L) lowest scores are masked (the paper's text).
+    c.mask_choice = "sample"
+    return c
+
+
+def _contrastive() -> ConfigDict:
+    """Equation (2)."""
+    c = ConfigDict()
+    c.temperature = 0.07  # initial value, learnable
+    c.temperature_range = (0.001, 0.5)
+    return c
+
+
+def _optimizer() -> ConfigDict:
+    c = ConfigDict()
+    c.learning_rate = 1.5e-4  # peak, for `reference_batch` samples a step
+    c.reference_batch = placeholder(int)  # set: the peak scales with batch_size / this
+    c.min_learning_rate = 1e-5  # of the cosine's end, same scaling (UMT stage 1)
+    c.warmup_steps = 50
+    c.betas = (0.9, 0.95)
+    c.epsilon = 1e-8
+    c.weight_decay = 0.05  # not on biases, norms, position tables and temperatures
+    c.layer_decay = 1.0  # the k-th block from the top learns at rate * this ** k
+    c.clip_norm = placeholder(float)  # global gradient norm; unset: no clipping
+    c.accumulate = 1  # gradients averaged over this many batches before an update
+    return c
+
+
+def _mesh() -> ConfigDict:
+    """Device mesh. -1 in at most one place: whatever is left."""
+    c = ConfigDict()
+    c.replica = 1  # pure data parallelism (between slices)
+    c.fsdp = -1  # data parallelism with sharded parameters and optimizer state
+    c.tensor = 1  # heads and MLP hidden units
+    return c
+
+
+def _compute() -> ConfigDict:
+    c = ConfigDict()
+    c.dtype = "bfloat16"  # of activations and matmuls; parameters, norms, softmax, loss: float32
+    # What the backward pass keeps of a block: 'none' (only its input), 'dots' (matmul outputs
+    # without batch dimensions), 'all' (no rematerialisation).
+    c.remat = "none"
+    return c
+
+
+def _checkpoint() -> ConfigDict:
+    c = ConfigDict()
+    c.every = 1000  # steps
+    c.keep = 3
+    # Initial parameters from another run's workdir when this workdir has no checkpoint yet.
+    c.init_from = placeholder(str)
+    return c
+
+
+def _log() -> ConfigDict:
+    c = ConfigDict()
+    c.every = 20  # steps between lines of metrics.jsonl
+    c.tensorboard = True
+    c.wandb_project = placeholder(str)  # needs the extra [wandb]
+    return c
+
+
+def _evaluate() -> ConfigDict:
+    c = ConfigDict()
+    # Suites of `instap evaluate`, 'DIR:SPLIT' separated by commas.
+    c.videos = ""
+    c.images = ""
+    c.batch_size = 32
+    c.frames = placeholder(int)  # unset: data.frames
+    return c

@@ -1,0 +1,97 @@
+"""The console command: `instap VERB [flags]` (also `python -m instap_jax VERB`).
+
+Only the verb's own module is imported, so that `instap --help` and a mistyped verb answer at once
+and without JAX.
+"""
+
+import difflib
+import importlib
+import keyword
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+
+from instap_jax import __version__
+from instap_jax.errors import UserError
+
+# Verb -> one line of help. The module is `instap_jax.commands.<verb>` ('import_', as Python keeps
+# that word for itself). It has `define_flags(values: flags.FlagValues)` and
+# `run(values) -> int | None` (the exit code; None is 0).
+VERBS = {
+    "synth": "render the embedded InstVL-like set: H.264 clips, JPEG stills, annotations",
+    "validate": "check an annotation file against the schema and the media",
+    "preview": "draw boxes, ids and captions over the frames",
+    "import": "turn COCO, Visual Genome, MOT, YouTube-VIS or UMT annotations into ours",
+    "pack": "annotations and media -> sharded ArrayRecord (a TFDS directory)",
+    "tokenizer": "train a sentencepiece vocabulary on an annotation file",
+    "train": "train any stage",
+    "evaluate": "measure a trained model; write JSON",
+    "report": "one self-contained HTML page: curves, samples, results of one or more runs",
+}
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit code: 0 done, 2 a fault of the input, 130 Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if argv else EXIT_USER_ERROR
+    if argv[0] == "--version":
+        print(f"instap_jax {__version__}")
+        return 0
+    try:
+        return _run(argv[0], argv[1:])
+    except UserError as error:
+        print(f"instap {argv[0]}: {_one_line(error)}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print(f"instap {argv[0]}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _run(verb: str, args: list[str]) -> int:
+    if verb not in VERBS:
+        raise UserError(f"unknown verb{_closest(verb, VERBS)}; `instap --help` lists them")
+    name = verb + "_" if keyword.iskeyword(verb) else verb
+    module = importlib.import_module(f"instap_jax.commands.{name}")
+    # Our own FlagValues: libraries define global flags that are no business of our users.
+    values = flags.FlagValues()
+    flags.FLAGS.mark_as_parsed()  # grain's workers read the global ones
+    module.define_flags(values)
+    if any(arg in ("-h", "--help") for arg in args):
+        print(f"instap {verb}: {VERBS[verb]}\n{values.get_help()}")
+        return 0
+    try:
+        rest = values([f"instap {verb}", *args])[1:]
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(_one_line(error)) from error
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}; flags look like --name=value")
+    return module.run(values) or 0
+
+
+def _usage() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:<{width}}  {text}" for name, text in VERBS.items())
+    return (
+        f"instap_jax {__version__}: instance-aware video-language pre-training\n\n"
+        f"usage: instap VERB [--flag=value ...]\n\n{verbs}\n\n"
+        "`instap VERB --help` shows a verb's flags."
+    )
+
+
+def _closest(word: str, known) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" {word!r}" + (f": did you mean {close[0]!r}?" if close else "")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""One progress line for all long work: count, share, rate, time left."""
+
+import sys
+import time
+from typing import TextIO
+
+
+class Progress:
+    """Prints `label  120/400 samples (30 %)  45.1/s  6 s left`, at most every `interval` seconds.
+
+    On a terminal the line overwrites itself; in a log every update is its own line, less often.
+
+    Args:
+      label: what is being done.
+      total: how many units in all, or None where that is unknown.
+      unit: plural name of a unit.
+      stream: where to print; standard error by default, so that results stay pipeable.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        total: int | None = None,
+        *,
+        unit: str = "samples",
+        interval: float | None = None,
+        stream: TextIO | None = None,
+    ):
+        self._label, self._total, self._unit = label, total, unit
+        self._stream = stream or sys.stderr
+        self._terminal = self._stream.isatty()
+        self._interval = interval if interval is not None else (0.2 if self._terminal else 10.0)
+        self._start = self._last = time.monotonic()
+        self._count = 0
+        self._width = 0
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def update(self, count: int = 1, note: str = "") -> None:
+        """Adds `count` finished units; `note` is shown at the end of the line."""
+        self._count += count
+        now = time.monotonic()
+        if now - self._last >= self._interval:
+            self._last = now
+            self._print(self._line(now, note))
+
+    def close(self) -> None:
+        """Prints the final line, with the whole time taken."""
+        elapsed = time.monotonic() - self._start
+        rate = self._count / max(elapsed, 1e-9)
+        line = f"{self._label}  {self._count} {self._unit} in {_span(elapsed)}  {rate:.1f}/s"
+        self._print(line)
+        if self._terminal:
+            print(file=self._stream, flush=True)
+
+    def _line(self, now: float, note: str) -> str:
+        rate = self._count / max(now - self._start, 1e-9)
+        line = f"{self._label}  {self._count}"
+        if self._total:
+            left = (self._total - self._count) / max(rate, 1e-9)
+            line += f"/{self._total} {self._unit} ({100 * self._count / self._total:.0f} %)"
+            line += f"  {rate:.1f}/s  {_span(left)} left"
+        else:
+            line += f" {self._unit}  {rate:.1f}/s"
+        return f"{line}  {note}".rstrip()
+
+    def _print(self, line: str) -> None:
+        if self._terminal:
+            print("\r" + line.ljust(self._width), end="", file=self._stream, flush=True)
+            self._width = len(line)
+        else:
+            print(line, file=self._stream, flush=True)
+
+
+def _span(seconds: float) -> str:
+    seconds = round(seconds)
+    if seconds < 90:
+        return f"{seconds} s"
+    minutes, seconds = divmod(seconds, 60)
+    if minutes < 90:
+        return f"{minutes} min {seconds:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
