@@ -1,0 +1,305 @@
+"""Decoding of clips (PyAV) and stills (Pillow), and the paths they are allowed to come from.
+
+Media are input from outside: every way in which a file can be missing, damaged or hostile ends in
+one exception, `MediaError`, whose text is the reason. Frame indices count decoded frames in
+presentation order, whatever their time stamps; frames that an edit list hides do not count.
+"""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+import av
+import numpy as np
+from PIL import Image, ImageOps
+
+from instap_jax.errors import UserError
+from instap_jax.types import Kind
+
+MAX_SIDE = 16_384  # pixels
+MAX_PIXELS = 100_000_000  # of one frame
+MAX_FRAMES = 1_000_000  # of one clip: nine hours at 30 frames/s
+
+# Named, so that neither a play list (which may open other files or addresses) nor one of Pillow's
+# formats that call other programs is ever tried on a file from outside.
+_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,gif"
+_STILLS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+
+# Larger pictures than MAX_PIXELS are refused here with an error; Pillow's own warning is noise.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class MediaError(Exception):
+    """One media file cannot be used; the text is the reason. A fault of one sample."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MediaInfo:
+    """What a file holds: number of frames, frames per second (0 for an image), size in pixels."""
+
+    frames: int
+    fps: float
+    height: int
+    width: int
+
+
+def probe(path: Path, kind: Kind) -> MediaInfo:
+    """Reads what can be known without decoding: an image's header, a clip's packets.
+
+    The packets are counted because a header's frame count also counts frames that an edit list
+    hides, and because a header knows nothing of a file that was cut off after it. The first frame
+    is decoded: only it knows the rotation.
+
+    Raises:
+      MediaError: missing, not of this kind, truncated, too large, or nothing decodes.
+    """
+    if kind is Kind.IMAGE:
+        with _reasons(), _open_still(path) as image:
+            height, width = image.height, image.width
+            if image.getexif().get(0x0112, 1) >= 5:  # orientations 5-8 swap the sides
+                height, width = width, height
+            return MediaInfo(1, 0.0, height, width)
+    with _reasons(), _open_clip(path) as (container, stream):
+        frames, first = _count_packets(container, stream)
+        if first is None or not frames:
+            raise MediaError("no frame can be decoded")
+        height, width = first.height, first.width
+        if first.rotation % 180:
+            height, width = width, height
+        rate = stream.average_rate or stream.guessed_rate or stream.base_rate
+        if not rate:
+            raise MediaError("the header has no frame rate")
+        return MediaInfo(frames, float(rate), height, width)
+
+
+def read_frames(
+    media: Path | bytes, indices: Sequence[int], short_side: int | None = None
+) -> list[np.ndarray]:
+    """Decodes the wanted frames of a clip in one sequential pass that ends at the last of them.
+
+    Args:
+      media: a file, or its bytes.
+      indices: frame indices, not decreasing; one that is repeated yields the same array again.
+      short_side: pixels; a frame whose shorter side is longer is scaled down to it.
+
+    Returns:
+      One uint8 [h, w, 3] RGB array per index, rotated as the file's display matrix says.
+
+    Raises:
+      MediaError: missing, truncated or damaged before the last wanted frame, index past the end.
+    """
+    wanted = [int(i) for i in indices]
+    if any(b < a for a, b in itertools.pairwise(wanted)) or (wanted and wanted[0] < 0):
+        raise ValueError(f"frame indices must be non-negative and not decrease: {wanted}")
+    found: list[np.ndarray] = []
+    if not wanted:
+        return found
+    with _reasons(), _open_clip(media) as (container, stream):
+        index = -1
+        for index, frame in enumerate(_decode(container, stream)):
+            if wanted[len(found)] > index:
+                continue
+            array = _to_array(frame, short_side)
+            while len(found) < len(wanted) and wanted[len(found)] == index:
+                found.append(array)
+            if len(found) == len(wanted):
+                return found
+        raise MediaError(_past_the_end(wanted[len(found)], index + 1, stream.frames))
+
+
+def verify(path: Path, kind: Kind) -> MediaInfo:
+    """Like `probe`, but decodes the whole file, as `validate` promises that it can be decoded.
+
+    Raises:
+      MediaError: as `probe`, and damage or a missing frame anywhere in the file.
+    """
+    info = probe(path, kind)
+    if kind is Kind.IMAGE:
+        read_image(path)
+        return info
+    with _reasons(), _open_clip(path) as (container, stream):
+        decoded = sum(1 for _ in _decode(container, stream))
+    if decoded != info.frames:
+        raise MediaError(f"damaged: the file holds {info.frames} frames, {decoded} decode")
+    return info
+
+
+def read_image(media: Path | bytes, short_side: int | None = None) -> np.ndarray:
+    """Decodes a still to uint8 [h, w, 3] RGB, turned upright as its EXIF orientation says.
+
+    Args:
+      media: a file, or its bytes.
+      short_side: pixels; an image whose shorter side is longer is scaled down to it.
+
+    Raises:
+      MediaError: missing, not an image, truncated, or larger than the limits.
+    """
+    with _reasons(), _open_still(media) as image:
+        if short_side is not None:
+            # Lets the JPEG decoder skip detail that would be thrown away; never below the target.
+            image.draft(None, _scaled(image.width, image.height, short_side))
+        image = ImageOps.exif_transpose(image).convert("RGB")
+        if short_side is not None:
+            size = _scaled(image.width, image.height, short_side)
+            if size != image.size:
+                image = image.resize(size, Image.Resampling.BICUBIC)
+        return np.array(image)
+
+
+def encode_jpeg(frame: np.ndarray, quality: int = 90) -> bytes:
+    """Encodes uint8 [h, w, 3] RGB as a JPEG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def decode_jpeg(data: bytes) -> np.ndarray:
+    """Decodes the JPEG file `data` to uint8 [h, w, 3] RGB. Raises MediaError."""
+    with _reasons(), _open_still(data, formats=("JPEG",)) as image:
+        return np.array(image.convert("RGB"))
+
+
+def confined(root: Path, relative: str) -> Path:
+    """Returns the path of `relative` under `root`, following links.
+
+    Raises:
+      UserError: it is absolute, or leads out of the root through '..' or a link.
+    """
+    path = PurePosixPath(relative)
+    try:
+        base = root.resolve()
+        target = (base / path).resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"media path {relative!r} is not usable: {error}") from error
+    if path.is_absolute() or not target.is_relative_to(base):
+        raise UserError(f"media path {relative!r} leads out of the media root {root}")
+    return target
+
+
+@contextlib.contextmanager
+def _reasons() -> Iterator[None]:
+    """Turns whatever a decoder throws into a MediaError with a short reason.
+
+    All exceptions, because damaged bytes make the two libraries raise nearly every built-in type.
+    """
+    try:
+        yield
+    except MediaError:
+        raise
+    except FileNotFoundError as error:
+        raise MediaError("no such file") from error
+    except Image.UnidentifiedImageError as error:
+        raise MediaError("not an image (or its header is damaged)") from error
+    except Exception as error:
+        text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        what = "truncated" if "truncated" in text else "cannot be decoded"
+        raise MediaError(f"{what}: {' '.join(text.split())[:120]}") from error
+
+
+@contextlib.contextmanager
+def _open_clip(media: Path | bytes) -> Iterator[tuple]:
+    """Yields (container, video stream) of a clip, single-threaded, its size within the limits."""
+    if isinstance(media, Path) and not media.is_file():
+        raise MediaError("not a file" if media.exists() else "no such file")
+    # 'file:' keeps a path such as 'concat:a|b' from being read as an address.
+    source = f"file:{media}" if isinstance(media, Path) else io.BytesIO(media)
+    options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
+    try:
+        container = av.open(source, options=options)
+    except av.error.PermissionError:
+        raise
+    except av.error.FFmpegError as error:
+        raise MediaError("not a video (or its header is damaged)") from error
+    with container:
+        stream = next(iter(container.streams.video), None)
+        if stream is None or stream.codec_context is None:
+            raise MediaError("no decodable video stream")
+        _check_size(stream.codec_context.height, stream.codec_context.width)
+        if stream.frames > MAX_FRAMES:
+            raise MediaError(f"{stream.frames} frames, more than {MAX_FRAMES}")
+        # One thread: the workers around us already use every core, one clip each.
+        stream.codec_context.thread_count = 1
+        yield container, stream
+
+
+def _open_still(media: Path | bytes, formats: Sequence[str] = _STILLS) -> Image.Image:
+    if isinstance(media, Path) and not media.is_file():
+        raise MediaError("not a file" if media.exists() else "no such file")
+    image = Image.open(media if isinstance(media, Path) else io.BytesIO(media), formats=formats)
+    _check_size(image.height, image.width)
+    return image
+
+
+def _check_size(height: int, width: int) -> None:
+    if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE) or height * width > MAX_PIXELS:
+        raise MediaError(f"frame size {width}x{height} is beyond {MAX_SIDE} a side or 100 Mpix")
+
+
+def _count_packets(container, stream) -> tuple[int, av.VideoFrame | None]:
+    """Returns the number of frames that the packets promise, and the first one decoded."""
+    shown = read = end = 0
+    first = None
+    for packet in container.demux():
+        end = max(end, (packet.pos or 0) + packet.size)
+        if packet.is_corrupt:
+            raise MediaError(_truncated(stream.frames, shown))
+        if packet.stream is not stream:
+            continue
+        if packet.size:
+            read += 1
+            shown += not packet.is_discard
+            if shown > MAX_FRAMES:
+                raise MediaError(f"more than {MAX_FRAMES} frames")
+        if first is None:
+            first = next(iter(packet.decode()), None)
+    # Fewer packets than the header says is also what an edit list that drops the end looks like;
+    # but then the dropped packets still lie in the file, behind the last one read.
+    if read < stream.frames and end >= (container.size or 0):
+        raise MediaError(_truncated(stream.frames, shown))
+    return shown, first
+
+
+def _decode(container, stream) -> Iterator[av.VideoFrame]:
+    """Yields the frames up to the end, or up to where the file was cut off."""
+    size = None
+    for packet in container.demux(stream):
+        cut = packet.is_corrupt
+        for frame in stream.codec_context.decode(None) if cut else packet.decode():
+            size = size or (frame.width, frame.height)
+            if (frame.width, frame.height) != size:
+                raise MediaError("the frame size changes within the clip")
+            if frame.is_corrupt:
+                raise MediaError("damaged: a frame lacks the frames it refers to")
+            yield frame
+        if cut:
+            return
+
+
+def _to_array(frame: av.VideoFrame, short_side: int | None) -> np.ndarray:
+    width, height = frame.width, frame.height
+    if short_side is not None:
+        width, height = _scaled(width, height, short_side)
+    array = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")
+    if frame.rotation:
+        array = np.ascontiguousarray(np.rot90(array, round(frame.rotation / 90)))
+    return array
+
+
+def _scaled(width: int, height: int, short_side: int) -> tuple[int, int]:
+    """(width, height) with the shorter side at most `short_side`, the aspect kept."""
+    scale = min(1.0, short_side / min(width, height))
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def _truncated(header: int, decoded: int) -> str:
+    return f"truncated: header says {header} frames, {decoded} decode"
+
+
+def _past_the_end(index: int, decoded: int, header: int) -> str:
+    if decoded < header and index < header:
+        return _truncated(header, decoded)
+    return f"frame {index} is past the end: the clip has {decoded} frames"
