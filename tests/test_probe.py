@@ -78,10 +78,13 @@ def test_linear_probe_equals_explicit_refits():
         return np.mean(np.square(errors))
 
     ridges = 40 * 10.0 ** np.arange(3, -6, -1)
+    u, s, _ = np.linalg.svd(x, full_matrices=False)
+    for ridge in ridges:
+        centred = target - target.mean(0)
+        assert probe._left_out_error(u, s, centred, ridge) == pytest.approx(loo(ridge), rel=1e-6)
     best = ridges[np.argmin([loo(r) for r in ridges])]
     assert best not in (ridges[0], ridges[-1])
     weights = fit(x, target, best)
-    centred = target - target.mean(0)
     np.testing.assert_allclose(probe._ridge(x, centred), weights[:-1], rtol=1e-8, atol=1e-10)
     z = np.c_[(test_x - train_x.mean(0)) / train_x.std(0), np.ones(50)]
     expected = 100 * np.mean(np.argmax(z @ weights, 1) == test_y)

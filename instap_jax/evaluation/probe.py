@@ -118,17 +118,18 @@ def wilson(hits: float, total: int) -> tuple[float, float]:
 def _ridge(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Weights [d, c] of centred `x` [m, d], `y` [m, c] at the best leave-one-out ridge."""
     u, s, vt = np.linalg.svd(x, full_matrices=False)
-    uy = u.T @ y
-    best, chosen = np.inf, None
-    for ridge in _RIDGES * len(x):
-        shrink = s**2 / (s**2 + ridge)
-        # The intercept's share of the hat matrix is 1/m; centred columns are orthogonal to it.
-        hat = (u**2) @ shrink + 1 / len(x)
-        left_out = (y - u @ (shrink[:, None] * uy)) / np.maximum(1 - hat, 1e-12)[:, None]
-        error = float(np.mean(left_out**2))
-        if error < best:
-            best, chosen = error, ridge
-    return vt.T @ ((s / (s**2 + chosen))[:, None] * uy)
+    ridges = _RIDGES * len(x)
+    chosen = ridges[np.argmin([_left_out_error(u, s, y, ridge) for ridge in ridges])]
+    return vt.T @ ((s / (s**2 + chosen))[:, None] * (u.T @ y))
+
+
+def _left_out_error(u: np.ndarray, s: np.ndarray, y: np.ndarray, ridge: float) -> float:
+    """Mean squared leave-one-out error of the centred `y` [m, c], for features with SVD u s vt."""
+    shrink = s**2 / (s**2 + ridge)
+    # The intercept's share of the hat matrix is 1/m; centred columns are orthogonal to it.
+    hat = (u**2) @ shrink + 1 / len(u)
+    residual = y - u @ (shrink[:, None] * (u.T @ y))
+    return float(np.mean((residual / np.maximum(1 - hat, 1e-12)[:, None]) ** 2))
 
 
 def _features(train_x: np.ndarray, test_x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
