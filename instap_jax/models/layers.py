@@ -1,0 +1,427 @@
+"""Building blocks shared by every network: linear maps, norms, attention, residual blocks, scans.
+
+Conventions held by all models:
+  * Parameters are float32 `nnx.Param`s carrying `logical_axes`, one name (or None) per axis, which
+    `sharding.py` turns into mesh axes. A stack of layers has one more axis on the left.
+  * `dtype` is the compute dtype: kernels and activations are cast to it layer by layer. LayerNorm
+    and softmax are computed in float32.
+  * Modules hold no random state. `key=None` means deterministic.
+
+Axis letters of the einsums:
+  b samples   n query tokens   m key tokens   d width   h heads   c channels of a head
+  x which of query, key, value
+"""
+
+import enum
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+Array = jax.Array
+Initializer = Callable[..., Array]
+
+# UMT initialises every linear map so (modeling_pretrain_umt.py, _init_weights).
+xavier_uniform: Initializer = jax.nn.initializers.xavier_uniform()
+
+
+class Linear(nnx.Module):
+    """y = x W + b, with kernel [in, out] and bias [out]."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        axes: tuple[str | None, str | None],
+        dtype: Any,
+        rngs: nnx.Rngs,
+        use_bias: bool = True,
+        init: Initializer = xavier_uniform,
+    ):
+        kernel = init(rngs.params(), (in_features, out_features), jnp.float32)
+        self.kernel = nnx.Param(kernel, logical_axes=axes)
+        self.bias = (
+            nnx.Param(jnp.zeros(out_features, jnp.float32), logical_axes=axes[1:])
+            if use_bias
+            else None
+        )
+        self.dtype = dtype
+
+    def __call__(self, x: Array) -> Array:
+        """[..., in] -> [..., out] in the compute dtype."""
+        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis, computed in float32, returned in the compute dtype.
+
+    eps differs by origin and must match converted weights: UMT 1e-6, CLIP 1e-5, BERT 1e-12.
+    """
+
+    def __init__(self, width: int, *, eps: float, dtype: Any, axis: str | None = "embed"):
+        self.scale = nnx.Param(jnp.ones(width, jnp.float32), logical_axes=(axis,))
+        self.bias = nnx.Param(jnp.zeros(width, jnp.float32), logical_axes=(axis,))
+        self.eps = eps
+        self.dtype = dtype
+
+    def __call__(self, x: Array) -> Array:
+        x = x.astype(jnp.float32)
+        centred = x - x.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        y = centred * lax.rsqrt(variance + self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(self.dtype)
+
+
+def quick_gelu(x: Array) -> Array:
+    """CLIP's approximation x * sigmoid(1.702 x)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def exact_gelu(x: Array) -> Array:
+    """x * Phi(x) with the error function, not its tanh approximation."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def dropout(x: Array, *, rate: float | Array, key: Array | None) -> Array:
+    """Zeroes elements with probability `rate` and scales the rest by 1 / (1 - rate)."""
+    return x if key is None else _drop(x, rate, key, x.shape)
+
+
+def drop_path(x: Array, *, rate: float | Array, key: Array | None) -> Array:
+    """Stochastic depth: `dropout` of whole samples (axis 0). `rate` < 1 may be traced."""
+    return x if key is None else _drop(x, rate, key, x.shape[:1] + (1,) * (x.ndim - 1))
+
+
+def _drop(x: Array, rate: float | Array, key: Array, shape: tuple[int, ...]) -> Array:
+    keep = 1.0 - jnp.asarray(rate, jnp.float32)
+    factor = jax.random.bernoulli(key, keep, shape) / keep
+    return x * factor.astype(x.dtype)
+
+
+def attention_probabilities(q: Array, k: Array, *, mask: Array | None = None) -> Array:
+    """softmax(q k^T / sqrt(c)) in float32.
+
+    Args:
+      q: [b, n, h, c]. k: [b, m, h, c].
+      mask: bool [b, m], True where a key may be attended to. A row without any is uniform, not NaN.
+
+    Returns:
+      float32 [b, h, n, m].
+    """
+    q = q * q.shape[-1] ** -0.5
+    logits = jnp.einsum("bnhc,bmhc->bhnm", q, k, preferred_element_type=jnp.float32)
+    if mask is not None:
+        logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
+    return jax.nn.softmax(logits, axis=-1)
+
+
+def dot_product_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    mask: Array | None = None,
+    dropout_rate: float = 0.0,
+    key: Array | None = None,
+) -> Array:
+    """The one place where attention is computed without keeping its probabilities.
+
+    Args:
+      q: [b, n, h, c]. k, v: [b, m, h, c]. All in the compute dtype.
+      mask: bool [b, m] of attendable keys, or None for all.
+      dropout_rate: of the probabilities; only used with a `key`.
+
+    Returns:
+      [b, n, h, c] in the dtype of v.
+    """
+    probabilities = attention_probabilities(q, k, mask=mask)
+    if dropout_rate:
+        probabilities = dropout(probabilities, rate=dropout_rate, key=key)
+    return _weighted_sum(probabilities, v)
+
+
+def _weighted_sum(probabilities: Array, v: Array) -> Array:
+    return jnp.einsum("bhnm,bmhc->bnhc", probabilities.astype(v.dtype), v)
+
+
+class Bias(enum.Enum):
+    """Which of the query, key and value projections have a bias."""
+
+    QUERY_VALUE = "query_value"  # UMT: a key bias cancels in the softmax
+    FULL = "full"  # CLIP, BERT
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with one query-key-value kernel [d, 3, h, c].
+
+    A torch weight [3 d, d] converts as `weight.T.reshape(d, 3, h, c)`. The bias is [3, h, c], or
+    [2, h, c] (query, value) for `Bias.QUERY_VALUE`.
+    """
+
+    def __init__(self, width: int, heads: int, *, bias: Bias, dtype: Any, rngs: nnx.Rngs):
+        channels = _head_channels(width, heads)
+        self.qkv = _projection(rngs.params(), width, 3, heads, channels)
+        count = 3 if bias is Bias.FULL else 2
+        self.qkv_bias = _projection_bias(count, heads, channels)
+        self.out = Linear(width, width, axes=("heads", "embed"), dtype=dtype, rngs=rngs)
+        self.bias_kind = bias
+        self.dtype = dtype
+
+    def __call__(
+        self,
+        x: Array,
+        *,
+        mask: Array | None = None,
+        dropout_rate: float = 0.0,
+        key: Array | None = None,
+    ) -> Array:
+        """[b, n, d] -> [b, n, d]; mask, dropout_rate and key as in `dot_product_attention`."""
+        q, k, v = self._project(x)
+        y = dot_product_attention(q, k, v, mask=mask, dropout_rate=dropout_rate, key=key)
+        return self.out(_merge_heads(y))
+
+    def with_probabilities(self, x: Array, *, mask: Array | None = None) -> tuple[Array, Array]:
+        """As `__call__`, and also the attention probabilities, float32 [b, h, n, m]."""
+        q, k, v = self._project(x)
+        probabilities = attention_probabilities(q, k, mask=mask)
+        return self.out(_merge_heads(_weighted_sum(probabilities, v))), probabilities
+
+    def _project(self, x: Array) -> tuple[Array, Array, Array]:
+        kernel = self.qkv[...].astype(self.dtype)
+        q, k, v = jnp.einsum("bnd,dxhc->xbnhc", x.astype(self.dtype), kernel)
+        bias = self.qkv_bias[...].astype(self.dtype)
+        if self.bias_kind is Bias.FULL:
+            k = k + bias[1]
+        return q + bias[0], k, v + bias[-1]
+
+
+class CrossAttention(nnx.Module):
+    """Multi-head attention from x to a context of another width; full bias."""
+
+    def __init__(self, width: int, context_width: int, heads: int, *, dtype: Any, rngs: nnx.Rngs):
+        channels = _head_channels(width, heads)
+        self.query = _projection(rngs.params(), width, 1, heads, channels)
+        self.query_bias = _projection_bias(1, heads, channels)
+        self.key_value = _projection(rngs.params(), context_width, 2, heads, channels)
+        self.key_value_bias = _projection_bias(2, heads, channels)
+        self.out = Linear(width, width, axes=("heads", "embed"), dtype=dtype, rngs=rngs)
+        self.dtype = dtype
+
+    def __call__(
+        self,
+        x: Array,
+        context: Array,
+        *,
+        mask: Array | None = None,
+        dropout_rate: float = 0.0,
+        key: Array | None = None,
+    ) -> Array:
+        """x [b, n, d], context [b, m, e], mask bool [b, m] over the context -> [b, n, d]."""
+        (q,) = self._project(x, self.query, self.query_bias)
+        k, v = self._project(context, self.key_value, self.key_value_bias)
+        y = dot_product_attention(q, k, v, mask=mask, dropout_rate=dropout_rate, key=key)
+        return self.out(_merge_heads(y))
+
+    def _project(self, x: Array, kernel: nnx.Param, bias: nnx.Param) -> Array:
+        kernel = kernel[...].astype(self.dtype)
+        y = jnp.einsum("bnd,dxhc->xbnhc", x.astype(self.dtype), kernel)
+        return y + bias[...].astype(self.dtype)[:, None, None]
+
+
+def _head_channels(width: int, heads: int) -> int:
+    if width % heads:
+        raise ValueError(f"width {width} is not a multiple of {heads} heads")
+    return width // heads
+
+
+def _projection(key: Array, width: int, count: int, heads: int, channels: int) -> nnx.Param:
+    # Heads have an axis of their own, so that sharding them never cuts across q, k and v.
+    init = jax.nn.initializers.variance_scaling(
+        1.0, "fan_avg", "uniform", in_axis=0, out_axis=(1, 2, 3)
+    )
+    kernel = init(key, (width, count, heads, channels), jnp.float32)
+    return nnx.Param(kernel, logical_axes=("embed", None, "heads", None))
+
+
+def _projection_bias(count: int, heads: int, channels: int) -> nnx.Param:
+    zeros = jnp.zeros((count, heads, channels), jnp.float32)
+    return nnx.Param(zeros, logical_axes=(None, "heads", None))
+
+
+def _merge_heads(x: Array) -> Array:
+    return x.reshape(*x.shape[:-2], -1)
+
+
+class Mlp(nnx.Module):
+    """Two linear maps with an activation between them."""
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        activation: Callable[[Array], Array],
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        self.expand = Linear(width, hidden, axes=("embed", "mlp"), dtype=dtype, rngs=rngs)
+        self.contract = Linear(hidden, width, axes=("mlp", "embed"), dtype=dtype, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: Array) -> Array:
+        return self.contract(self.activation(self.expand(x)))
+
+
+class PreNormBlock(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), each branch under stochastic depth."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        mlp_ratio: float,
+        bias: Bias,
+        activation: Callable[[Array], Array],
+        eps: float,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        self.norm1 = LayerNorm(width, eps=eps, dtype=dtype)
+        self.attention = Attention(width, heads, bias=bias, dtype=dtype, rngs=rngs)
+        self.norm2 = LayerNorm(width, eps=eps, dtype=dtype)
+        hidden = int(width * mlp_ratio)
+        self.mlp = Mlp(width, hidden, activation=activation, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Array,
+        *,
+        mask: Array | None = None,
+        drop_path_rate: float | Array = 0.0,
+        key: Array | None = None,
+    ) -> Array:
+        """[b, n, d] -> [b, n, d]; mask bool [b, n] of attendable tokens."""
+        key1, key2 = (None, None) if key is None else jax.random.split(key)
+        y = self.attention(self.norm1(x), mask=mask)
+        x = x + drop_path(y, rate=drop_path_rate, key=key1)
+        y = self.mlp(self.norm2(x))
+        return x + drop_path(y, rate=drop_path_rate, key=key2)
+
+    def with_probabilities(self, x: Array, *, mask: Array | None = None) -> tuple[Array, Array]:
+        """Deterministic `__call__`, and also the attention probabilities, float32 [b, h, n, n]."""
+        y, probabilities = self.attention.with_probabilities(self.norm1(x), mask=mask)
+        x = x + y
+        return x + self.mlp(self.norm2(x)), probabilities
+
+
+def stack(create: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
+    """Creates `depth` modules as one, every parameter with a leading layer axis [depth, ...]."""
+
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def build(key: Array) -> nnx.Module:
+        return create(nnx.Rngs(params=key))
+
+    return build(jax.random.split(rngs.params(), depth))
+
+
+def layer(blocks: nnx.Module, index: int) -> nnx.Module:
+    """One module out of a `stack`."""
+    graphdef, state = nnx.split(blocks)
+    return nnx.merge(graphdef, jax.tree.map(lambda a: a[index], state))
+
+
+_REMAT = {
+    "none": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def _call_block(block: nnx.Module, x: Any, key: Array | None, rate: Array | None) -> Any:
+    return block(x, key=key) if rate is None else block(x, key=key, drop_path_rate=rate)
+
+
+def scan_blocks(
+    blocks: nnx.Module,
+    x: Any,
+    *,
+    remat: str,
+    key: Array | None = None,
+    drop_path_rates: Array | None = None,
+    start: int = 0,
+    stop: int | None = None,
+    taps: int = 0,
+    call: Callable[[nnx.Module, Any, Array | None, Array | None], Any] = _call_block,
+) -> tuple[Any, Any]:
+    """Runs layers [start, stop) of a `stack` as one compiled loop.
+
+    Args:
+      blocks: what `stack` made.
+      x: the carry, an array or a pytree of arrays.
+      remat: what the backward pass keeps of a block: 'none' (only its input), 'dots' (matmul
+        outputs without batch dimensions), 'all' (everything).
+      key: folded with the layer's index; None runs deterministically.
+      drop_path_rates: float [depth] over the whole stack.
+      taps: the outputs of the last `taps` of these layers are also returned. Two loops, so that
+        no other output is stacked.
+      call: (block, x, key, rate) -> x, for blocks that take more than `PreNormBlock` does; it may
+        close over masks and contexts.
+
+    Returns:
+      (x, outputs [taps, ...] in layer order, or None without taps).
+    """
+    graphdef, state = nnx.split(blocks)
+    depth = jax.tree.leaves(state)[0].shape[0]
+    stop = depth if stop is None else stop
+    if not 0 <= taps <= stop - start <= stop <= depth:
+        raise ValueError(f"{taps} taps of layers [{start}, {stop}) of {depth}")
+
+    def apply(x, state, index, rate):
+        layer_key = None if key is None else jax.random.fold_in(key, index)
+        return call(nnx.merge(graphdef, state), x, layer_key, rate)
+
+    if remat != "all":
+        # Inside a scan nothing can be merged across iterations, so the barriers are not needed.
+        apply = jax.checkpoint(apply, policy=_REMAT[remat], prevent_cse=False)
+
+    def run(x, first, last, keep):
+        layers = (state, jnp.arange(depth), drop_path_rates)
+        layers = jax.tree.map(lambda a: a[first:last], layers)
+
+        def step(x, layer):
+            x = apply(x, *layer)
+            return x, x if keep else None
+
+        return lax.scan(step, x, layers)
+
+    if stop - taps > start:
+        x, _ = run(x, start, stop - taps, keep=False)
+    return run(x, stop - taps, stop, keep=True) if taps else (x, None)
+
+
+@jax.custom_vjp
+def clamp(x: Array, low: float, high: float) -> Array:
+    """Clips x to [low, high] without trapping it outside.
+
+    The gradient passes where a descent step leads back into the range and is zero where it would
+    lead further out. UMT clamps the temperature parameter in place instead, to the same end.
+    """
+    return jnp.clip(x, low, high)
+
+
+def _clamp_forward(x, low, high):
+    return clamp(x, low, high), (x, low, high)
+
+
+def _clamp_backward(saved, g):
+    x, low, high = saved
+    outward = ((x <= low) & (g > 0)) | ((x >= high) & (g < 0))
+    return jnp.where(outward, 0.0, g), None, None
+
+
+clamp.defvjp(_clamp_forward, _clamp_backward)
