@@ -1,0 +1,227 @@
+"""Results files, `DIR/eval/TASK.json`: every number together with the protocol it was taken under.
+
+A measurement cannot be built, written or printed without its protocol, so two numbers taken in
+different ways never meet unlabelled.
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import instap_jax
+from instap_jax.errors import UserError
+from instap_jax.evaluation.retrieval import RECALL_AT, TIE_RULE
+
+DIRECTORY = "eval"
+_PACKAGES = ("jax", "flax", "numpy")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Protocol:
+    """What a number was measured on, with, and how. Runs are compared only where all but the
+    weights and the step agree.
+
+    Attributes:
+      suite: name of the evaluation split, as 'video_1k'.
+      unit: what is matched or named: 'global captions', 'instance captions', 'instances'.
+      scoring: how: 'dual encoder', 'dual encoder, VTM re-ranked top 128', '20-NN', 'ridge'.
+      frames: T, frames of a clip (1 for stills).
+      weights: whose: 'student', 'teacher', 'student, random initialisation'.
+      step: optimizer steps behind those weights; 0 for weights that were not trained.
+      notes: anything else a reader must know to repeat it.
+    """
+
+    suite: str
+    unit: str
+    scoring: str
+    frames: int
+    weights: str
+    step: int
+    notes: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """The metrics of one suite under one protocol.
+
+    Attributes:
+      metrics: of `retrieval_metrics`; for task 'probe' {attribute: ProbeResult or its dict}; other
+        tasks: numbers by name, nested at will.
+      counts: sizes of what was measured, as {'texts': 64, 'videos': 64}.
+    """
+
+    protocol: Protocol
+    metrics: Mapping[str, Any]
+    counts: Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One results file. `written`: UTC, ISO 8601. `versions`: of the packages that measured."""
+
+    task: str
+    written: str
+    config_hash: str
+    versions: Mapping[str, str]
+    measurements: Sequence[Measurement]
+
+
+def write_result(
+    workdir: Path, task: str, measurements: Sequence[Measurement], *, config: Mapping[str, Any]
+) -> Path:
+    """Writes `workdir/eval/TASK.json` (replacing an older one in one move) and returns its path.
+
+    Args:
+      task: 'retrieval', 'probe', ...: letters, digits, hyphens, underscores.
+      measurements: at least one.
+      config: the resolved configuration of the run; its hash is stored.
+    """
+    if not re.fullmatch(r"[a-z0-9_-]+", task):
+        raise ValueError(f"task {task!r} cannot name a file")
+    if not measurements:
+        raise UserError(f"task {task!r} measured nothing: name a suite to evaluate on")
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    result = Result(
+        task=task,
+        written=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        config_hash=config_hash(config),
+        versions={"instap_jax": instap_jax.__version__, **versions},
+        measurements=measurements,
+    )
+    plain = dataclasses.asdict(result)
+    text = json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False, default=_plain)
+    directory = Path(workdir) / DIRECTORY
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{task}.json"
+    aside = directory / f".{task}.json.{os.getpid()}.partial"
+    aside.write_text(text + "\n", encoding="utf-8")
+    os.replace(aside, path)
+    return path
+
+
+def read_results(workdir: Path) -> dict[str, Result]:
+    """All results of a run by task, in the order of their names; {} where nothing was measured.
+
+    Raises:
+      UserError: a file that is not a results file.
+    """
+    results = {}
+    for path in sorted((Path(workdir) / DIRECTORY).glob("[!.]*.json")):
+        try:
+            results[path.stem] = _parse(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(
+                f"{path} is not a results file ({reason}); delete it or run `instap evaluate` again"
+            ) from error
+    return results
+
+
+def _parse(plain: dict[str, Any]) -> Result:
+    measurements = [
+        Measurement(
+            protocol=Protocol(**one["protocol"]),
+            metrics=dict(one["metrics"]),
+            counts=dict(one["counts"]),
+        )
+        for one in plain["measurements"]
+    ]
+    return Result(**{**plain, "measurements": measurements})
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """First 16 hex digits of the SHA-256 of the configuration, independent of key order."""
+    text = json.dumps(config, sort_keys=True, default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def protocol_line(protocol: Protocol, counts: Mapping[str, int]) -> str:
+    """All of a protocol in one line, as it stands above every table.
+
+    `video_1k · global captions · dual encoder · 8 frames · student at step 300 · 64 texts, 64 ...`
+    """
+    frames = "1 frame" if protocol.frames == 1 else f"{protocol.frames} frames"
+    weights = f"{protocol.weights} at step {protocol.step}"
+    sizes = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+    parts = (protocol.suite, protocol.unit, protocol.scoring, frames, weights, sizes)
+    return " · ".join(part for part in (*parts, protocol.notes) if part)
+
+
+def format_table(task: str, measurements: Sequence[Measurement]) -> str:
+    """Measurements as text for the terminal: each under its protocol line."""
+    blocks = []
+    for measurement in measurements:
+        metrics = json.loads(json.dumps(measurement.metrics, default=_plain))
+        rows = _ROWS.get(task, _any_rows)(metrics)
+        line = protocol_line(measurement.protocol, measurement.counts)
+        blocks.append(f"{task}: {line}\n{_aligned(rows)}")
+    return "\n\n".join(blocks)
+
+
+def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested metrics as {'outer/inner': value}."""
+    flat = {}
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}/")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _retrieval_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
+    names = [f"R@{k}" for k in RECALL_AT]
+    rows = [["direction", *names, "median rank", "mean rank", "queries"]]
+    for direction, label in (("t2v", "text -> video"), ("v2t", "video -> text")):
+        one = metrics[direction]
+        ranks = [f"{one['median_rank']:g}", f"{one['mean_rank']:.1f}", str(one["queries"])]
+        rows.append([label, *(f"{one[name]:.2f}" for name in names), *ranks])
+        chance = one["chance"]
+        rows.append(["  by chance", *(f"{chance[name]:.2f}" for name in names), "", "", ""])
+    rows.append(["mean recall", f"{metrics['mean_recall']:.2f}", f"({TIE_RULE})"])
+    return rows
+
+
+def _probe_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["attribute", "accuracy %", "95 % interval", "majority %", "classes", "train", "test"]]
+    for attribute, one in metrics.items():
+        interval = f"{one['low']:.1f} .. {one['high']:.1f}"
+        sizes = [str(one[key]) for key in ("classes", "train_examples", "test_examples")]
+        scores = [f"{one['accuracy']:.2f}", interval, f"{one['chance']:.2f}"]
+        rows.append([attribute, *scores, *sizes])
+    return rows
+
+
+def _any_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
+    return [["metric", "value"], *([name, f"{v:g}"] for name, v in flatten(metrics).items())]
+
+
+_ROWS = {"retrieval": _retrieval_rows, "probe": _probe_rows}
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    full = [row for row in rows if len(row) == len(rows[0])]
+    widths = [max(len(row[i]) for row in full) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> Any:
+    """JSON form of what NumPy, JAX and dataclasses leave in metrics and configurations."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} cannot be written to a results file")
