@@ -20,6 +20,7 @@ def default() -> ConfigDict:
     c.stage = "distill"
     c.seed = 0
     c.steps = 1000  # optimizer steps of the whole run
+    c.stop_at = placeholder(int)  # stop after this step; the schedules still end at `steps`
     c.data = _data()
     c.tokenizer = _tokenizer()
     c.vision = _vision()

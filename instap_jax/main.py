@@ -7,6 +7,7 @@ and without JAX.
 import difflib
 import importlib
 import keyword
+import re
 import sys
 from collections.abc import Sequence
 
@@ -60,14 +61,17 @@ def _run(verb: str, args: list[str]) -> int:
     module = importlib.import_module(f"instap_jax.commands.{name}")
     # Our own FlagValues: libraries define global flags that are no business of our users.
     values = flags.FlagValues()
+    sys.argv = [f"instap {verb}", *args]  # where config_flags looks for overrides
     flags.FLAGS.mark_as_parsed()  # grain's workers read the global ones
     module.define_flags(values)
     if any(arg in ("-h", "--help") for arg in args):
         print(f"instap {verb}: {VERBS[verb]}\n{values.get_help()}")
         return 0
     try:
-        rest = values([f"instap {verb}", *args])[1:]
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        rest = values(sys.argv)[1:]
+    except AttributeError as error:  # what ml_collections raises for an unknown key
+        raise UserError(_unknown_key(error)) from error
+    except (flags.Error, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(_one_line(error)) from error
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; flags look like --name=value")
@@ -87,6 +91,14 @@ def _usage() -> str:
 def _closest(word: str, known) -> str:
     close = difflib.get_close_matches(word, known, n=1)
     return f" {word!r}" + (f": did you mean {close[0]!r}?" if close else "")
+
+
+def _unknown_key(error: AttributeError) -> str:
+    """ml_collections says: 'key' Did you mean "other" instead of "key"?"""
+    words = re.findall(r"(?<=['\"])\w+(?=\\?['\"])", str(error))
+    close = re.search(r'mean "(\w+)"', str(error))
+    hint = f"; did you mean {close[1]!r}?" if close else ""
+    return f"config has no key {words[0] if words else error}{hint}"
 
 
 def _one_line(error: BaseException) -> str:

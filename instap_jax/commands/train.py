@@ -1,0 +1,24 @@
+"""`instap train --config=FILE --workdir=DIR [--config.key=value ...]`: any stage."""
+
+from pathlib import Path
+
+from absl import flags
+
+from instap_jax import config_check
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    config_check.define_flag(values)
+    flags.DEFINE_string(
+        "workdir", None, "directory of the run", required=True, flag_values=values
+    )
+
+
+def run(values: flags.FlagValues) -> None:
+    loaded = config_check.load(values)
+    workdir = Path(values["workdir"].value)
+    config_check.record(loaded, workdir)
+    # Only now JAX: a wrong key or path has already been reported.
+    from instap_jax.train import loop
+
+    loop.train(loaded.config, workdir)

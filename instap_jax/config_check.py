@@ -1,0 +1,232 @@
+"""Reads a configuration from the command line, checks it once, and records it with the run.
+
+All of it happens before JAX starts, so that a typo costs a second and not a pod's start-up.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from instap_jax.config import default
+from instap_jax.errors import UserError
+
+STAGES = ("teacher", "distill")
+
+# Values that a field may take, where that is a short list.
+CHOICES = {
+    "stage": STAGES,
+    "data.sampling": ("random", "uniform"),
+    "tokenizer.kind": ("sentencepiece", "wordpiece"),
+    "distill.mask_score": ("cls", "received"),
+    "distill.mask_choice": ("sample", "topk"),
+    "compute.dtype": ("bfloat16", "float32"),
+    "compute.remat": ("none", "dots", "all"),
+}
+
+POSITIVE = (
+    "steps data.batch_size data.frames data.instances_per_sample tokenizer.length vision.width "
+    "vision.depth vision.heads vision.patch vision.image_size teacher.width teacher.depth "
+    "teacher.heads teacher.patch teacher.image_size teacher.projection text.vocab_size text.width "
+    "text.depth text.heads distill.layers optimizer.learning_rate optimizer.accumulate "
+    "checkpoint.every checkpoint.keep log.every evaluate.batch_size"
+).split()
+
+# What may differ when a run goes on: it changes speed, output or length, not the result of a step.
+MAY_CHANGE = (
+    "stop_at",
+    "data.workers",
+    "data.prefetch",
+    "data.device_prefetch",
+    "data.max_fault_rate",
+    "mesh",
+    "compute.remat",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "log",
+    "evaluate",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedConfig:
+    """A checked configuration and where it came from.
+
+    Attributes:
+      file: path given with --config.
+      overrides: dotted key -> value given on the command line.
+    """
+
+    config: ConfigDict
+    file: str
+    overrides: dict[str, Any]
+
+
+def define_flag(values: flags.FlagValues) -> None:
+    """Defines --config=FILE and its --config.key=value overrides."""
+    for arg in sys.argv:
+        match = re.fullmatch(r"--?config=(.*)", arg)
+        if match and not Path(match[1].split(":")[0]).is_file():
+            raise UserError(f"--config={match[1]}: no such file")
+    config_flags.DEFINE_config_file(
+        "config", None, "configuration file; override with --config.key=value", flag_values=values
+    )
+
+
+def load(values: flags.FlagValues) -> LoadedConfig:
+    """The configuration of the parsed flags, complete and checked.
+
+    Raises:
+      UserError: naming every field that is wrong.
+    """
+    if values["config"].value is None:
+        raise UserError("--config=FILE is missing, for example --config=configs/tiny_teacher.py")
+    config = values["config"].value
+    check(config)
+    return LoadedConfig(
+        config=config,
+        file=values["config"].config_filename,
+        overrides=dict(values["config"].override_values),
+    )
+
+
+def check(config: ConfigDict) -> None:
+    """Checks what can be known without data or devices.
+
+    Raises:
+      UserError: one line that names every field that is wrong.
+    """
+    flat = flatten(config)
+    faults = _key_faults(flat)
+    if not faults:
+        faults += [
+            f"{key}={flat[key]!r} is none of {', '.join(choices)}{_suggest(flat[key], choices)}"
+            for key, choices in CHOICES.items()
+            if flat[key] not in choices
+        ]
+        faults += [f"{key}={flat[key]} must be positive" for key in POSITIVE if flat[key] <= 0]
+    if not faults:
+        faults += _relation_faults(config)
+    if faults:
+        raise UserError("config: " + "; ".join(faults))
+
+
+def _key_faults(flat: dict[str, Any]) -> list[str]:
+    known = flatten(default())
+    unknown = [f"unknown key {key!r}{_suggest(key, known)}" for key in flat if key not in known]
+    return unknown + [f"missing key {key!r}" for key in known if key not in flat]
+
+
+def _relation_faults(config: ConfigDict) -> list[str]:
+    """Faults between fields, once each field alone is right."""
+    c, faults = config, []
+    for name in ("vision", "teacher"):
+        part = c[name]
+        if part.image_size % part.patch:
+            faults.append(f"{name}.image_size={part.image_size} is no multiple of its patch")
+    for name in ("vision", "teacher", "text"):
+        if c[name].width % c[name].heads:
+            faults.append(f"{name}.width={c[name].width} is no multiple of its heads")
+    if not 0 <= c.distill.mask_ratio < 1:
+        faults.append(f"distill.mask_ratio={c.distill.mask_ratio} must be in [0, 1)")
+    if not 0 <= c.data.image_fraction <= 1:
+        faults.append(f"data.image_fraction={c.data.image_fraction} must be in [0, 1]")
+    if not c.optimizer.warmup_steps < c.steps:
+        faults.append(f"optimizer.warmup_steps={c.optimizer.warmup_steps} must be below steps")
+    if c.stage == "distill":
+        grids = [c[name].image_size // c[name].patch for name in ("vision", "teacher")]
+        if grids[0] != grids[1]:
+            faults.append(f"student and teacher see {grids[0]} and {grids[1]} patches a side")
+        if c.distill.layers > min(c.vision.depth, c.teacher.depth):
+            faults.append(f"distill.layers={c.distill.layers} is more than the depth")
+    return faults
+
+
+def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value of every leaf."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict | dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def record(loaded: LoadedConfig, workdir: Path) -> None:
+    """Creates the workdir with `config.json`, or checks that it holds a run of this configuration.
+
+    Raises:
+      UserError: when the workdir holds another configuration's run, or other files.
+    """
+    path = workdir / "config.json"
+    resolved = json.loads(json.dumps(loaded.config.to_dict()))
+    if path.exists():
+        _check_same(path, resolved)
+    elif workdir.exists() and any(workdir.iterdir()):
+        raise UserError(f"{workdir}: not empty and not a run (it has no config.json)")
+    base = json.loads(json.dumps(flatten(default())))
+    flat = flatten(resolved)
+    content = {
+        "file": loaded.file,
+        "overrides": [f"{key}={value}" for key, value in loaded.overrides.items()],
+        "changed": {k: [base[k], flat[k]] for k in sorted(flat) if flat[k] != base[k]},
+        "config": resolved,
+    }
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".partial")
+        aside.write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(aside, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def read(workdir: Path) -> ConfigDict:
+    """The resolved configuration of a run.
+
+    Raises:
+      UserError: when there is none, or it is of a version with other keys.
+    """
+    path = workdir / "config.json"
+    try:
+        stored = json.loads(path.read_text())["config"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: not the config.json of a run ({error})") from error
+    config = default()
+    flat, known = flatten(stored), flatten(config)
+    if flat.keys() != known.keys():
+        raise UserError(f"{path}: {'; '.join(_key_faults(flat))}")
+    for key, value in flat.items():
+        if value is not None:
+            is_tuple = isinstance(known[key], tuple)
+            config.update_from_flattened_dict({key: tuple(value) if is_tuple else value})
+    check(config)
+    return config
+
+
+def _check_same(path: Path, resolved: dict[str, Any]) -> None:
+    stored, new = flatten(json.loads(path.read_text())["config"]), flatten(resolved)
+    differ = [
+        f"{key} ({stored.get(key)} there, {new.get(key)} now)"
+        for key in sorted(stored.keys() | new.keys())
+        if stored.get(key) != new.get(key)
+        and not any(key == free or key.startswith(free + ".") for free in MAY_CHANGE)
+    ]
+    if differ:
+        raise UserError(
+            f"{path.parent} holds a run of another configuration: {', '.join(differ[:4])}"
+            f"{' ...' if len(differ) > 4 else ''}; use another --workdir"
+        )
+
+
+def _suggest(word: Any, known) -> str:
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,188 @@
+"""Checkpoints: a thin wrapper around orbax, so that its API is named in one file.
+
+A checkpoint is one directory `DIR/checkpoints/STEP` that holds four items and appears only when
+all of them are complete:
+  params     float32 parameters (what later stages and exports read)
+  optimizer  optax state and the step number
+  data       position of the input pipeline, JSON
+  meta       resolved config, stage, versions, JSON
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from instap_jax.errors import UserError
+from instap_jax.train.state import TrainState
+
+DIRECTORY = "checkpoints"
+ITEMS = ("params", "optimizer", "data", "meta")
+
+
+class Checkpointer:
+    """Writes checkpoints in the background and restores them onto any mesh.
+
+    Args:
+      workdir: local path or object-store URL of the run.
+      every: steps between checkpoints; `save` ignores other steps unless forced.
+      keep: how many of the newest are kept.
+    """
+
+    def __init__(self, workdir: str, *, every: int, keep: int):
+        self._manager = _manager(
+            workdir,
+            ocp.CheckpointManagerOptions(
+                save_interval_steps=every, max_to_keep=keep, enable_async_checkpointing=True
+            ),
+        )
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(
+        self,
+        state: TrainState,
+        step: int,
+        *,
+        data: dict[str, Any],
+        meta: dict[str, Any],
+        force: bool = False,
+    ) -> bool:
+        """Starts saving; returns False when this step is not due. Errors of an earlier save raise."""
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            optimizer=ocp.args.StandardSave({"opt_state": state.opt_state, "step": state.step}),
+            data=ocp.args.JsonSave(data),
+            meta=ocp.args.JsonSave(meta),
+        )
+        if force and self._manager.latest_step() == step:
+            return False  # just saved on schedule
+        return self._manager.save(step, args=args, force=force)
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
+        """Restores the newest checkpoint as `abstract` describes it; also its data and meta."""
+        restored = self._manager.restore(
+            self._manager.latest_step(),
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(abstract.params),
+                optimizer=ocp.args.StandardRestore(
+                    {"opt_state": abstract.opt_state, "step": abstract.step}
+                ),
+                data=ocp.args.JsonRestore(),
+                meta=ocp.args.JsonRestore(),
+            ),
+        )
+        state = TrainState(
+            step=restored.optimizer["step"],
+            params=restored.params,
+            opt_state=restored.optimizer["opt_state"],
+        )
+        return state, restored.data, restored.meta
+
+    def close(self) -> None:
+        """Waits for a save in progress to be complete."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def read_meta(workdir: str) -> tuple[int, dict[str, Any]]:
+    """(step, meta) of the newest checkpoint of a run.
+
+    Raises:
+      UserError: when there is none.
+    """
+    with _reader(workdir) as manager:
+        step = _newest(manager, workdir)
+        restored = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+        return step, restored.meta
+
+
+def read_params(workdir: str, abstract: Any, *, select: tuple[str, ...] = ()) -> Any:
+    """Parameters of the newest checkpoint of a run, strictly as `abstract` describes them.
+
+    Args:
+      workdir: of the run that wrote them.
+      abstract: State of abstract arrays (shape, dtype, sharding).
+      select: path of the sub-module to take; `abstract` then describes that sub-module alone.
+
+    Raises:
+      UserError: when there is no checkpoint, a parameter is missing, left over, or of another shape.
+    """
+    with _reader(workdir) as manager:
+        path = manager.directory / str(_newest(manager, workdir)) / "params"
+    item: Any = abstract
+    for name in reversed(select):
+        item = {name: item}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        stored = _select(reader.metadata(path).item_metadata.tree, select, workdir)
+        expected, found = _shapes(abstract), _shapes(stored)
+        if found != expected:
+            raise UserError(_difference(expected, found, workdir))
+        restored = reader.restore(
+            path,
+            args=ocp.args.PyTreeRestore(
+                item,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+                partial_restore=bool(select),
+            ),
+        )
+    for name in select:
+        restored = restored[name]
+    return restored
+
+
+def _manager(workdir: str, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+    path = epath.Path(workdir)
+    if "://" not in workdir:
+        path = epath.Path(Path(workdir).absolute())
+    return ocp.CheckpointManager(path / DIRECTORY, item_names=ITEMS, options=options)
+
+
+def _reader(workdir: str) -> ocp.CheckpointManager:
+    if not (epath.Path(workdir) / DIRECTORY).exists():
+        raise UserError(f"{workdir}: no such run (it has no {DIRECTORY}/ directory)")
+    return _manager(workdir, ocp.CheckpointManagerOptions(read_only=True))
+
+
+def _newest(manager: ocp.CheckpointManager, workdir: str) -> int:
+    step = manager.latest_step()
+    if step is None:
+        raise UserError(f"{workdir}/{DIRECTORY}: no complete checkpoint there")
+    return step
+
+
+def _select(tree, select: tuple[str, ...], workdir: str):
+    for name in select:
+        if name not in tree:
+            raise UserError(f"{workdir}: its checkpoint has no {'/'.join(select)!r}")
+        tree = tree[name]
+    return tree
+
+
+def _shapes(tree) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {_name(path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _name(path) -> str:
+    """Dotted name of a leaf; orbax stores a Variable as a node with one child `value`."""
+    keys = [str(getattr(e, "key", getattr(e, "name", getattr(e, "idx", e)))) for e in path]
+    return ".".join(key for key in keys if key not in ("value", ".value"))
+
+
+def _difference(expected: dict, found: dict, workdir: str) -> str:
+    missing = sorted(expected.keys() - found.keys())
+    extra = sorted(found.keys() - expected.keys())
+    other = sorted(k for k in expected.keys() & found.keys() if expected[k] != found[k])
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} missing (first: {missing[0]})")
+    if extra:
+        parts.append(f"{len(extra)} left over (first: {extra[0]})")
+    if other:
+        name = other[0]
+        parts.append(f"{len(other)} of another shape ({name}: {found[name]} not {expected[name]})")
+    return f"{workdir}: its parameters do not fit this config: {'; '.join(parts)}"

@@ -1,0 +1,132 @@
+"""Batches on the mesh: which kind of batch a step takes, and transfer ahead of the step."""
+
+import collections
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from instap_jax import sharding
+from instap_jax.data.pipeline import FaultMonitor, make_loader
+from instap_jax.errors import UserError
+from instap_jax.types import Batch, Kind
+
+
+class Fed(NamedTuple):
+    """A batch on the devices, and what it takes to go on after it.
+
+    Attributes:
+      batch: global arrays, leading axis split over the data axes.
+      samples: samples in the global batch.
+      state: position of every loader after this batch, JSON-able.
+    """
+
+    batch: Batch
+    kind: Kind
+    samples: int
+    state: dict[str, Any]
+
+
+def batch_shape(config: ConfigDict, mesh: Mesh) -> tuple[int, int]:
+    """(groups g, samples per group b) of a global batch.
+
+    By default one group per data shard and accumulation part; `config.data.group_size` fixes b, so
+    that groups stay the same when the number of devices changes.
+
+    Raises:
+      UserError: when the batch does not divide.
+    """
+    size = config.data.batch_size
+    parts = sharding.data_shards(mesh) * config.optimizer.accumulate
+    group = config.data.group_size or max(size // parts, 1)
+    if size % group or (size // group) % parts:
+        raise UserError(
+            f"config.data.batch_size={size} cannot be cut into groups of {group} over {parts} "
+            f"parts ({sharding.data_shards(mesh)} data shards x "
+            f"{config.optimizer.accumulate} accumulation steps); "
+            f"choose a multiple of {parts * group}"
+        )
+    return size // group, group
+
+
+def kind_of_step(config: ConfigDict, step: int) -> Kind:
+    """Whether step number `step` (from 0) takes an image or a video batch: a function of it alone.
+
+    Image steps are spread evenly: one whenever the running count step * image_fraction passes an
+    integer.
+    """
+    if not config.data.videos:
+        return Kind.IMAGE
+    if not config.data.images:
+        return Kind.VIDEO
+    fraction = config.data.image_fraction
+    passes = math.floor((step + 1) * fraction) > math.floor(step * fraction)
+    return Kind.IMAGE if passes else Kind.VIDEO
+
+
+class Feed:
+    """Iterates over batches on the devices, `config.data.device_prefetch` ahead of the step.
+
+    Args:
+      config: the resolved configuration.
+      mesh: where batches go.
+      start_step: number of the first step, which the schedule of kinds counts from.
+      state: of an earlier `Fed.state`, to go on exactly after that batch.
+    """
+
+    def __init__(self, config: ConfigDict, mesh: Mesh, *, start_step: int, state: dict | None):
+        self._config = config
+        self._sharding = sharding.batch_sharding(mesh)
+        groups, group_size = batch_shape(config, mesh)
+        self._loaders = {
+            kind: make_loader(
+                config,
+                kind=kind,
+                groups=groups,
+                group_size=group_size,
+                host_index=jax.process_index(),
+                host_count=jax.process_count(),
+            )
+            for kind, corpora in ((Kind.VIDEO, config.data.videos), (Kind.IMAGE, config.data.images))
+            if corpora
+        }
+        if not self._loaders:
+            raise UserError("config.data.videos and config.data.images are both empty: no data")
+        for kind, loader in self._loaders.items():
+            if state is not None:
+                loader.set_state(state[kind])
+        self._monitors = {kind: FaultMonitor(loader) for kind, loader in self._loaders.items()}
+        self._states = {kind: loader.get_state() for kind, loader in self._loaders.items()}
+        self._step = start_step
+        self._ready: collections.deque[Fed] = collections.deque()
+
+    def __next__(self) -> Fed:
+        while len(self._ready) <= self._config.data.device_prefetch:
+            self._ready.append(self._fetch())
+        return self._ready.popleft()
+
+    def fault_counts(self) -> dict[str, int]:
+        """Samples without data so far in this process, by reason."""
+        total: collections.Counter[str] = collections.Counter()
+        for monitor in self._monitors.values():
+            total.update(monitor.counts())
+        return dict(total)
+
+    def close(self) -> None:
+        for loader in self._loaders.values():
+            loader.close()
+
+    def _fetch(self) -> Fed:
+        kind = kind_of_step(self._config, self._step)
+        batch = next(self._loaders[kind])
+        self._monitors[kind].update(batch)
+        self._monitors[kind].check(self._config.data.max_fault_rate)
+        self._states = self._states | {kind: self._loaders[kind].get_state()}
+        self._step += 1
+        placed = jax.tree.map(
+            lambda array: jax.make_array_from_process_local_data(self._sharding, array), batch
+        )
+        samples = math.prod(placed["sample_valid"].shape)
+        return Fed(batch=placed, kind=kind, samples=samples, state=dict(self._states))

@@ -1,0 +1,273 @@
+"""The only training loop: every stage, fresh or resumed, on any mesh.
+
+Where the parameters come from, in this order:
+  1. the newest checkpoint of the workdir, if it has one (same config, checked): the run goes on;
+  2. `config.checkpoint.init_from`, another run's workdir: parameters only, step 0;
+  3. fresh, from the seed.
+The frozen teacher always comes from `config.teacher.checkpoint`.
+"""
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+import instap_jax
+from instap_jax import sharding
+from instap_jax.errors import UserError
+from instap_jax.progress import Progress
+from instap_jax.train import checkpoint, flops
+from instap_jax.train.feed import Fed, Feed
+from instap_jax.train.metrics import MetricWriter
+from instap_jax.train.objectives import Objective, objective
+from instap_jax.train.optimizer import make_optimizer
+from instap_jax.train.state import (
+    TrainState,
+    abstract_state,
+    init_state,
+    shardings,
+    with_sharding,
+)
+from instap_jax.train.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """A stage ready to run or to compile: structure, placement and the jitted step.
+
+    Attributes:
+      graphdef, abstract: of the trained model; `abstract` is a TrainState of abstract arrays.
+      frozen_graphdef, frozen_abstract: of the frozen model.
+      step: jitted; (state, frozen parameters, batch) -> (state, metrics); donates the state.
+    """
+
+    objective: Objective
+    graphdef: nnx.GraphDef
+    abstract: TrainState
+    frozen_graphdef: nnx.GraphDef
+    frozen_abstract: nnx.State
+    step: jax.stages.Wrapped
+    init: object
+
+
+def build_program(config: ConfigDict, mesh: Mesh) -> Program:
+    """Builds a stage without computing or reading anything."""
+    stage = objective(config)
+    tx = make_optimizer(config)
+
+    def create(rngs: nnx.Rngs) -> nnx.Module:
+        return stage.create(config, rngs)
+
+    graphdef, abstract = abstract_state(create, tx, mesh)
+    frozen = nnx.eval_shape(lambda: stage.create_frozen(config, nnx.Rngs(0)))
+    frozen_graphdef, frozen_abstract = nnx.split(frozen)
+    frozen_abstract = with_sharding(frozen_abstract, mesh)
+    step = make_train_step(config, stage, graphdef, frozen_graphdef, tx)
+    return Program(
+        objective=stage,
+        graphdef=graphdef,
+        abstract=abstract,
+        frozen_graphdef=frozen_graphdef,
+        frozen_abstract=frozen_abstract,
+        step=jax.jit(
+            step,
+            donate_argnums=0,
+            in_shardings=(
+                shardings(abstract),
+                shardings(frozen_abstract),
+                sharding.batch_sharding(mesh),
+            ),
+            out_shardings=(shardings(abstract), sharding.replicated(mesh)),
+        ),
+        init=lambda: init_state(create, tx, abstract, config.seed),
+    )
+
+
+def train(config: ConfigDict, workdir: Path) -> TrainState:
+    """Trains until `config.steps` (or `config.stop_at`), resuming what the workdir holds.
+
+    Args:
+      config: resolved and checked.
+      workdir: exists; holds nothing or a run of the same config.
+
+    Returns:
+      The final state.
+
+    Raises:
+      UserError: for faults of the input: data, teacher, checkpoint, non-finite loss.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        program = build_program(config, mesh)
+        checkpointer = checkpoint.Checkpointer(
+            str(workdir), every=config.checkpoint.every, keep=config.checkpoint.keep
+        )
+        try:
+            return _run(config, workdir, mesh, program, checkpointer)
+        finally:
+            checkpointer.close()
+
+
+def _run(config, workdir, mesh, program: Program, checkpointer) -> TrainState:
+    frozen = _load_frozen(config, program)
+    state, data_state = _start(config, program, checkpointer)
+    start = int(state.step)
+    last = min(config.steps, config.stop_at or config.steps)
+    if start >= last:
+        print(f"{workdir}: already trained to step {start}")
+        return state
+    feed = Feed(config, mesh, start_step=start, state=data_state)
+    writer = MetricWriter(workdir, config, resume_step=start) if _is_main() else None
+    run = _Run(config, mesh, program, checkpointer, feed, writer)
+    try:
+        return run.steps(state, frozen, start, last)
+    finally:
+        feed.close()
+        if writer:
+            writer.close()
+
+
+class _Run:
+    """The steps of one process, from `start` to `last`."""
+
+    def __init__(self, config, mesh, program, checkpointer, feed: Feed, writer):
+        self._config, self._mesh, self._program = config, mesh, program
+        self._checkpointer, self._feed, self._writer = checkpointer, feed, writer
+        self._flops: dict = {}
+        self._clock = _Clock()
+
+    def steps(self, state: TrainState, frozen: nnx.State, start: int, last: int) -> TrainState:
+        pending = None  # metrics are read one step late, so that the device never waits for us
+        with Progress(f"train {self._config.stage}", last - start, unit="steps") as progress:
+            for step in range(start + 1, last + 1):
+                waited = time.perf_counter()
+                fed = next(self._feed)
+                self._clock.wait(time.perf_counter() - waited)
+                self._measure_flops(state, frozen, fed)
+                state, metrics = self._program.step(state, frozen, fed.batch)
+                if pending:
+                    progress.update(note=self._finish(*pending))
+                pending = (step, metrics, fed)
+                if self._due(step, last):
+                    progress.update(note=self._finish(*pending))
+                    pending = None
+                    self._save(state, step, fed, force=step == last)
+        return state
+
+    def _due(self, step: int, last: int) -> bool:
+        """Before a checkpoint the step's loss must be known to be finite."""
+        return step == last or step % self._config.checkpoint.every == 0
+
+    def _finish(self, step: int, metrics, fed: Fed) -> str:
+        """Waits for a step, checks its loss, writes its metrics when due; returns a short note."""
+        scalars = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(scalars[name])]
+        if bad:
+            raise UserError(
+                f"step {step}: {bad[0]} is {scalars[bad[0]]}; stopped. The last checkpoint is "
+                f"from step {self._checkpointer.latest_step() or 0}"
+            )
+        self._clock.step(fed.samples, self._flops.get(fed.kind))
+        if step % self._config.log.every == 0 or step == 1:
+            scalars |= self._clock.read() | {f"kind_{fed.kind}": 1.0}
+            scalars |= {f"faults/{k}": float(v) for k, v in self._feed.fault_counts().items()}
+            if self._writer:
+                self._writer.write(step, scalars)
+        return f"loss {scalars['loss']:.4f}"
+
+    def _measure_flops(self, state, frozen, fed: Fed) -> None:
+        """Counts a kind's model FLOPs at its first batch, where the chip's peak is known."""
+        peak = flops.peak_flops(self._mesh.devices.flat[0])
+        if peak is None or fed.kind in self._flops:
+            return
+        without_remat = self._config.copy_and_resolve_references()
+        without_remat.compute.remat = "all"
+        program = build_program(without_remat, self._mesh)
+        count = flops.count_flops(program.step, state, frozen, fed.batch)
+        self._flops[fed.kind] = count / (peak * self._mesh.size)
+
+    def _save(self, state: TrainState, step: int, fed: Fed, *, force: bool) -> None:
+        meta = {
+            "stage": self._config.stage,
+            "config": self._config.to_dict(),
+            "version": instap_jax.__version__,
+            "time": time.time(),
+        }
+        self._checkpointer.save(state, step, data=fed.state, meta=meta, force=force)
+
+
+class _Clock:
+    """Splits the wall time of steps into waiting for data and the rest, between two readings."""
+
+    def __init__(self):
+        self._reset()
+
+    def _reset(self) -> None:
+        self._start = time.perf_counter()
+        self._steps = self._samples = 0
+        self._waited = self._peak_seconds = 0.0
+        self._counted = True
+
+    def wait(self, seconds: float) -> None:
+        self._waited += seconds
+
+    def step(self, samples: int, peak_seconds: float | None) -> None:
+        """Counts a finished step; `peak_seconds`: its model FLOPs over the mesh's peak rate."""
+        self._steps += 1
+        self._samples += samples
+        self._peak_seconds += peak_seconds or 0.0
+        self._counted &= peak_seconds is not None
+
+    def read(self) -> dict[str, float]:
+        elapsed = time.perf_counter() - self._start
+        steps = max(self._steps, 1)
+        scalars = {
+            "examples_per_second": self._samples / elapsed,
+            "step_seconds": elapsed / steps,
+            "data_wait_seconds": self._waited / steps,
+            "compute_seconds": (elapsed - self._waited) / steps,
+        }
+        if self._counted:
+            scalars["mfu"] = self._peak_seconds / elapsed
+        self._reset()
+        return scalars
+
+
+def _start(config, program: Program, checkpointer) -> tuple[TrainState, dict | None]:
+    if checkpointer.latest_step() is not None:
+        state, data_state, _ = checkpointer.restore(program.abstract)
+        return state, data_state
+    state = program.init()
+    if config.checkpoint.init_from:
+        params = checkpoint.read_params(config.checkpoint.init_from, program.abstract.params)
+        state = dataclasses.replace(state, params=params)
+    return state, None
+
+
+def _load_frozen(config: ConfigDict, program: Program) -> nnx.State:
+    if not jax.tree.leaves(program.frozen_abstract):
+        return program.frozen_abstract
+    if not config.teacher.checkpoint:
+        raise UserError(
+            f"stage {config.stage!r} needs a teacher: set config.teacher.checkpoint to the "
+            "workdir of a 'teacher' run"
+        )
+    return checkpoint.read_params(
+        config.teacher.checkpoint,
+        program.frozen_abstract,
+        select=program.objective.frozen_path,
+    )
+
+
+def _is_main() -> bool:
+    return jax.process_index() == 0
+
+
+def parameter_count(state: TrainState) -> int:
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state.params))

@@ -1,0 +1,25 @@
+# Sourced by the other scripts: enters the repository's own virtual environment, made on first use.
+#
+#   EXTRAS  extras of setup.cfg to install, such as "[test]" (default: none)
+#   PYTHON  interpreter to make the environment with (default: python3), 3.11 or newer
+#   VENV    where it is (default: .venv)
+#
+# The exact versions are those of constraints.txt, the set that the tests pass with. Nothing is
+# installed again while setup.cfg, constraints.txt and EXTRAS are as they were.
+
+PYTHON="${PYTHON:-python3}"
+VENV="${VENV:-.venv}"
+
+if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+  echo "instap_jax needs Python 3.11 or newer; set PYTHON=/path/to/python3.11" >&2
+  exit 2
+fi
+[ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+. "$VENV/bin/activate"
+stamp="$VENV/installed-$(cat setup.cfg constraints.txt | cksum | tr -d ' ')${EXTRAS:-}"
+if [ ! -e "$stamp" ]; then
+  echo "installing instap_jax${EXTRAS:-} into $VENV" >&2
+  python -m pip install --quiet --disable-pip-version-check \
+    --constraint constraints.txt --editable ".${EXTRAS:-}"
+  touch "$stamp"
+fi
