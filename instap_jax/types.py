@@ -13,6 +13,9 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+IGNORED_TARGET = -100
+"""Target of a text position that is not to be predicted (the convention of BERT code)."""
+
 
 class Kind(enum.StrEnum):
     """What a sample is. An image is a one-frame video everywhere after packing."""
