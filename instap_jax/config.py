@@ -111,6 +111,9 @@ def _text() -> ConfigDict:
     c.vocab_size = 30522
     c.width = 1024
     c.depth = 24
+    # Of `depth`, the last layers that also attend to visual tokens (UMT: large 5, base 3). A tower
+    # of its own, as in stage 'teacher', has none: all its layers are text layers.
+    c.fusion_layers = 5
     c.heads = 16
     c.mlp_ratio = 4.0
     c.max_length = 512
