@@ -92,8 +92,9 @@ class TextEncoder(nnx.Module):
             config.depth - fusion,
             rngs,
         )
-        self.fusion_blocks = self.mlm_head = None
-        if vision_width is not None:
+        if vision_width is None:
+            self.fusion_blocks = self.mlm_head = None
+        else:
             self.fusion_blocks = stack(
                 lambda rngs: TextBlock(config, context_width=vision_width, dtype=dtype, rngs=rngs),
                 fusion,
@@ -196,8 +197,9 @@ class TextBlock(nnx.Module):
 
         self.attention = Attention(width, heads, bias=Bias.FULL, dtype=dtype, rngs=rngs)
         self.attention_norm = norm()
-        self.cross = self.cross_norm = None
-        if context_width is not None:
+        if context_width is None:
+            self.cross = self.cross_norm = None
+        else:
             self.cross = CrossAttention(width, context_width, heads, dtype=dtype, rngs=rngs)
             self.cross_norm = norm()
         hidden = int(width * config.mlp_ratio)
