@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from instap_jax.errors import UserError
 from instap_jax.types import Kind, Record
@@ -33,6 +34,8 @@ FEATURES = tfds.features.FeaturesDict(
     }
 )
 
+_SERIALIZER = ExampleSerializer(FEATURES.get_serialized_info())
+
 # The textual fields of a Record, in the order they are written.
 _SCALARS = ("id", "media", "source", "encoding", "fps")
 
@@ -42,7 +45,7 @@ class CorruptRecordError(Exception):
 
 
 def to_example(record: Record) -> dict[str, Any]:
-    """Returns the TFDS example of a record, for `FEATURES.serialize_example`."""
+    """Returns the TFDS example of a record, as `FEATURES` describes it."""
     annotation = {name: getattr(record, name) for name in _SCALARS}
     annotation |= {
         "kind": record.kind.value,
@@ -68,6 +71,13 @@ def to_example(record: Record) -> dict[str, Any]:
         "boxes": np.asarray(record.boxes, np.float32),
         "present": np.asarray(record.present, np.bool_),
     }
+
+
+def serialize(record: Record) -> bytes:
+    """Returns the bytes of a record in a shard: equal records give equal bytes."""
+    example = _SERIALIZER.get_tf_example(FEATURES.encode_example(to_example(record)))
+    # Not FEATURES.serialize_example: a protocol buffer orders its map by a per-process salt.
+    return example.SerializeToString(deterministic=True)
 
 
 def from_example(example: dict[str, Any]) -> Record:

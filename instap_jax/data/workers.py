@@ -1,0 +1,112 @@
+"""Shards in parallel: a pool of processes that can be stopped and that never outlives its owner."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+from multiprocessing import connection
+
+from instap_jax.data.shard import Task, write_shard
+from instap_jax.progress import Progress
+
+
+class WorkerDied(Exception):
+    """A worker process was killed or crashed; the message names the lines it may have died of."""
+
+
+class _Stopped(Exception):
+    """The run is being stopped; the shard at hand is given up."""
+
+
+class _Link:
+    """What the main process and its workers share.
+
+    Attributes:
+      stop: set when the workers are to stop before their next sample.
+      begun: samples taken up so far.
+      lines: per worker, the annotation line it is working on; 0: none.
+    """
+
+    def __init__(self, context, workers: int):
+        self.stop = context.Event()
+        self.begun = context.Value("q", 0)
+        self.lines = context.Array("q", workers)
+        self._started = context.Value("i", 0)
+
+    def enter(self) -> None:
+        """Called in a worker before its first task."""
+        with self._started:
+            self._slot = self._started.value
+            self._started.value += 1
+
+    def tick(self, line: int) -> None:
+        """Called in a worker before every sample, and with line 0 after a shard."""
+        self.lines[self._slot] = line
+        with self.begun:
+            self.begun.value += bool(line)
+        if self.stop.is_set():
+            raise _Stopped
+
+
+def write_shards(
+    tasks: Sequence[Task], processes: int, progress: Progress
+) -> Iterator[tuple[Task, dict]]:
+    """Yields (task, report) as shards are finished, in any order.
+
+    One process works in place; more are spawned, so that they inherit no threads, and import
+    neither JAX nor anything else of the caller's. Leaving the iteration early stops them.
+
+    Raises:
+      WorkerDied, and what `write_shard` raises.
+    """
+    processes = min(processes, len(tasks))
+    if processes <= 1:
+        for task in tasks:
+            yield task, write_shard(task, lambda line: progress.update(bool(line)))
+        return
+    context = multiprocessing.get_context("spawn")
+    link = _Link(context, processes)
+    pool = futures.ProcessPoolExecutor(processes, context, initializer=_enter, initargs=(link,))
+    try:
+        pending = {pool.submit(_work, task): task for task in tasks}
+        shown = 0
+        while pending:
+            finished, _ = futures.wait(pending, 0.2, futures.FIRST_COMPLETED)
+            begun = link.begun.value
+            progress.update(begun - shown)
+            shown = begun
+            for future in finished:
+                yield pending.pop(future), future.result()
+    except futures.process.BrokenProcessPool as error:
+        lines = ", ".join(str(line) for line in sorted(link.lines) if line)
+        raise WorkerDied(
+            "a worker process died (out of memory, or killed, or a file that crashes the decoder)"
+            + (f"; annotation lines being packed: {lines}" if lines else "")
+        ) from error
+    finally:
+        link.stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_link: _Link  # of a worker process; set by _enter
+
+
+def _enter(link: _Link) -> None:
+    global _link
+    _link = link
+    link.enter()
+    # Ctrl-C reaches the whole process group; the main process tells the workers to stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """Ends this worker when the main process is gone, even if it was killed outright."""
+    connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _work(task: Task) -> dict:
+    return write_shard(task, _link.tick)
