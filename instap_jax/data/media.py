@@ -111,6 +111,17 @@ def read_frames(
         raise MediaError(_past_the_end(wanted[len(found)], index + 1, stream.frames))
 
 
+def iterate_frames(path: Path, short_side: int | None = None) -> Iterator[np.ndarray]:
+    """Yields every frame of a clip as `read_frames` would, one in memory at a time.
+
+    Raises:
+      MediaError: as the frames are reached.
+    """
+    with _reasons(), _open_clip(path) as (container, stream):
+        for frame in _decode(container, stream):
+            yield _to_array(frame, short_side)
+
+
 def verify(path: Path, kind: Kind) -> MediaInfo:
     """Like `probe`, but decodes the whole file, as `validate` promises that it can be decoded.
 
