@@ -1,0 +1,164 @@
+"""The student f: a ViT over all space-time patches of a clip, as UMT pre-trains it (PAPER 3).
+
+No class token, joint space-time attention, one-frame tubelets, a fixed sine-cosine position table.
+Structure after UMT's modeling_pretrain_umt.py.
+
+Axis letters: B clips, T frames, N patches of a frame, V visible tokens of a clip, d width,
+K taps. Token t * N + i is patch i (row-major) of frame t.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from instap_jax.models.layers import (
+    Bias,
+    LayerNorm,
+    Linear,
+    PreNormBlock,
+    exact_gelu,
+    scan_blocks,
+    stack,
+)
+
+Array = jax.Array
+
+NORM_EPSILON = 1e-6
+# torch's default for Conv3d, which UMT leaves as it is: uniform within 1 / sqrt(fan_in).
+_conv_init = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionOutput:
+    """Attributes:
+    tokens: [B, V, d], last layer's outputs after the final LayerNorm, in the compute dtype.
+    taps: [K, B, V, d], the same of the last K layers in layer order; None without taps.
+    """
+
+    tokens: Array
+    taps: Array | None
+
+
+class VisionEncoder(nnx.Module):
+    """Patch embedding, positions, blocks, final LayerNorm.
+
+    Args:
+      config: the `vision` section of the configuration.
+      dtype: compute dtype.
+      remat: see `layers.scan_blocks`.
+    """
+
+    def __init__(self, config: ConfigDict, *, dtype: Any, remat: str, rngs: nnx.Rngs):
+        self.width = config.width
+        self.patch = config.patch
+        self.patch_embedding = Linear(
+            config.patch**2 * 3,
+            config.width,
+            axes=("patch", "embed"),
+            init=_conv_init,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.blocks = stack(lambda rngs: _block(config, dtype, rngs), config.depth, rngs)
+        self.norm = LayerNorm(config.width, eps=NORM_EPSILON, dtype=dtype)
+        self.drop_path_rates = tuple(np.linspace(0, config.drop_path, config.depth).tolist())
+        self.dtype = dtype
+        self.remat = remat
+
+    def __call__(
+        self,
+        video: Array,
+        *,
+        visible: Array | None = None,
+        key: Array | None = None,
+        taps: int = 0,
+    ) -> VisionOutput:
+        """Encodes the visible tokens of a batch of clips.
+
+        Args:
+          video: float [B, T, H, W, 3], normalised with the ImageNet constants.
+          visible: int32 [B, V], indices of the tokens to encode, or None for all T * N.
+          key: for stochastic depth; None runs deterministically.
+          taps: also return the outputs of the last `taps` layers.
+        """
+        patches = patchify(video, self.patch)
+        frames = video.shape[1]
+        tokens = patches.shape[1]
+        if visible is not None:
+            # Before the embedding: masked patches then cost nothing at all.
+            patches = jnp.take_along_axis(patches, visible[..., None], axis=1)
+        x = self.patch_embedding(patches)
+        codes = position_codes(frames, tokens // frames, self.width, visible)
+        x, tapped = scan_blocks(
+            self.blocks,
+            x + codes.astype(self.dtype),
+            remat=self.remat,
+            key=key,
+            drop_path_rates=jnp.asarray(self.drop_path_rates, jnp.float32),
+            taps=taps,
+        )
+        if not taps:
+            return VisionOutput(tokens=self.norm(x), taps=None)
+        tapped = self.norm(tapped)
+        return VisionOutput(tokens=tapped[-1], taps=tapped)
+
+
+def _block(config: ConfigDict, dtype: Any, rngs: nnx.Rngs) -> PreNormBlock:
+    return PreNormBlock(
+        config.width,
+        config.heads,
+        mlp_ratio=config.mlp_ratio,
+        bias=Bias.QUERY_VALUE,
+        activation=exact_gelu,
+        eps=NORM_EPSILON,
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+def patchify(video: Array, patch: int) -> Array:
+    """Cuts frames [B, T, H, W, 3] into patches [B, T * N, patch * patch * 3].
+
+    A patch's values are in (row, column, channel) order, which leaves the pixels' memory order
+    alone. A torch convolution kernel [d, 3, (1,) patch, patch] converts to the matching linear
+    kernel by moving d last and channels second to last, then flattening the rest.
+    """
+    b, t, height, width, channels = video.shape
+    if height % patch or width % patch:
+        raise ValueError(f"{height} x {width} pixels cannot be cut into patches of {patch}")
+    rows, columns = height // patch, width // patch
+    x = video.reshape(b, t, rows, patch, columns, patch, channels)
+    x = x.transpose(0, 1, 2, 4, 3, 5, 6)
+    return x.reshape(b, t * rows * columns, patch * patch * channels)
+
+
+def position_codes(frames: int, patches: int, width: int, visible: Array | None = None) -> Array:
+    """UMT's fixed position table: a one-dimensional sinusoid over the token index p.
+
+    code[p, 2 j] = sin(p w_j), code[p, 2 j + 1] = cos(p w_j), w_j = 10000^(-2 j / width)
+    (get_sinusoid_encoding_table). An image is frames = 1.
+
+    Args:
+      visible: int32 [B, V] token indices, or None.
+
+    Returns:
+      float32 [B, V, width] at the visible tokens, or [frames * patches, width].
+    """
+    # Composed from two small tables by the angle-sum identities, p = t * patches + i: a table for
+    # a long clip would be a constant of many megabytes in the program, and float32 angles are
+    # not exact enough to compute it in place.
+    frequency = 10000.0 ** (-2 * np.arange(width // 2, dtype=np.float64) / width)
+    frame_angle = np.arange(frames)[:, None] * patches * frequency
+    patch_angle = np.arange(patches)[:, None] * frequency
+    sin_t, cos_t = (jnp.asarray(f(frame_angle), jnp.float32)[:, None] for f in (np.sin, np.cos))
+    sin_i, cos_i = (jnp.asarray(f(patch_angle), jnp.float32)[None] for f in (np.sin, np.cos))
+    sine = sin_t * cos_i + cos_t * sin_i
+    cosine = cos_t * cos_i - sin_t * sin_i
+    table = jnp.stack([sine, cosine], axis=-1).reshape(frames * patches, width)
+    return table if visible is None else table[visible]
