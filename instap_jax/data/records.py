@@ -180,7 +180,7 @@ def open_source(directory: str, split: str, kind: Kind) -> RecordSource:
         raise UserError(f"{path!r} has no split {split!r}: {hint}it has {', '.join(splits)}")
     shards = splits[split].file_instructions
     there = set(os.listdir(path))  # one call: a file system may be slow to answer per file
-    missing = [s.basename for s in shards if s.basename not in there]
+    missing = [name for name in (s.basename() for s in shards) if name not in there]
     if missing:
         raise UserError(
             f"{len(missing)} of {len(shards)} shards of {path!r} {split!r} are missing, first "
