@@ -142,16 +142,20 @@ def config_hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def protocol_line(protocol: Protocol, counts: Mapping[str, int]) -> str:
-    """All of a protocol in one line, as it stands above every table.
+def shared_line(protocol: Protocol, counts: Mapping[str, int]) -> str:
+    """What compared runs have in common: all of the protocol but the weights and their step.
 
-    `video_1k · global captions · dual encoder · 8 frames · student at step 300 · 64 texts, 64 ...`
+    `video_1k · global captions · dual encoder · 8 frames · 64 texts, 64 videos`
     """
     frames = "1 frame" if protocol.frames == 1 else f"{protocol.frames} frames"
-    weights = f"{protocol.weights} at step {protocol.step}"
     sizes = ", ".join(f"{count:,} {name}" for name, count in counts.items())
-    parts = (protocol.suite, protocol.unit, protocol.scoring, frames, weights, sizes)
-    return " · ".join(part for part in (*parts, protocol.notes) if part)
+    parts = (protocol.suite, protocol.unit, protocol.scoring, frames, sizes, protocol.notes)
+    return " · ".join(part for part in parts if part)
+
+
+def weights_line(protocol: Protocol) -> str:
+    """Whose weights, and how far trained: `student at step 300`."""
+    return f"{protocol.weights} at step {protocol.step:,}"
 
 
 def format_table(task: str, measurements: Sequence[Measurement]) -> str:
@@ -160,8 +164,9 @@ def format_table(task: str, measurements: Sequence[Measurement]) -> str:
     for measurement in measurements:
         metrics = json.loads(json.dumps(measurement.metrics, default=_plain))
         rows = _ROWS.get(task, _any_rows)(metrics)
-        line = protocol_line(measurement.protocol, measurement.counts)
-        blocks.append(f"{task}: {line}\n{_aligned(rows)}")
+        shared = shared_line(measurement.protocol, measurement.counts)
+        title = f"{task}: {weights_line(measurement.protocol)} · {shared}"
+        blocks.append(f"{title}\n{_aligned(rows)}")
     return "\n\n".join(blocks)
 
 

@@ -1,0 +1,239 @@
+"""`report.html`: runs side by side on one page that carries everything with it.
+
+What the runs are, their results with protocols, training curves, samples with boxes, and what each
+configuration changed. The page has no scripts and needs no other file.
+"""
+
+import base64
+import datetime
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+import instap_jax
+from instap_jax.data import preview, schema
+from instap_jax.data.media import MediaError
+from instap_jax.errors import UserError
+from instap_jax.evaluation.report_html import Html, join, note, page, swatch, table, tag
+from instap_jax.evaluation.report_plots import Curve, curve_plot
+from instap_jax.evaluation.report_results import results_sections
+from instap_jax.evaluation.report_runs import Run, facts, load_runs, scalar_names, series
+from instap_jax.types import Sample
+
+_PER_GROUP, _SHEETS = 2, 6  # samples drawn of every split and kind, and in all
+# Panels that every report shows, in this order: scalar -> (title, unit, axis from zero).
+_PANELS = {
+    "loss": ("Loss", "loss", False),
+    "learning_rate": ("Learning rate", "learning rate", True),
+    "grad_norm": ("Gradient norm", "global L2 norm", False),
+    "param_norm": ("Parameter norm", "global L2 norm", False),
+    "examples_per_second": ("Throughput", "samples per second", True),
+    "data_wait_share": ("Data wait", "% of step time", True),
+    "mfu": ("Model FLOPs utilisation", "% of peak", True),
+}
+# Shown in another form, or of no use as a curve.
+_NOT_CURVES = {"step", "time", "step_seconds", "data_wait_seconds", "compute_seconds"}
+
+
+def write_report(
+    workdirs: Sequence[Path | str],
+    out: Path | str,
+    *,
+    annotations: Path | str | None = None,
+    media: Path | str | None = None,
+) -> Path:
+    """Writes the report of one or more runs; an existing page is replaced in one move.
+
+    Args:
+      workdirs: of the runs; their order is the order (and colours) of the page.
+      out: the HTML file.
+      annotations, media: an annotation file and its media root, for the samples; both or neither.
+
+    Raises:
+      UserError: no such run, a broken file of a run, a fault of the annotation file, or `out`
+        cannot be written.
+    """
+    out = Path(out)
+    if out.is_dir():
+        raise UserError(f"--out {out} is a directory; name the HTML file")
+    text = render_report(load_runs(workdirs), _sheets(annotations, media))
+    aside = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, out)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise UserError(f"{out} cannot be written: {error.strerror}") from error
+    return out
+
+
+def render_report(runs: Sequence[Run], samples: Html) -> Html:
+    """The page. `samples`: the inside of its samples section, '' to leave that out."""
+    names = ", ".join(run.name for run in runs)
+    return page(
+        f"InstAP report: {names}",
+        _header(runs),
+        _overview(runs),
+        results_sections(runs),
+        _curves(runs),
+        join(tag("h2", "Samples"), samples) if samples else Html(""),
+        _configurations(runs),
+        _footer(),
+    )
+
+
+def _header(runs: Sequence[Run]) -> Html:
+    now = datetime.datetime.now(datetime.UTC)
+    count = "one run" if len(runs) == 1 else f"{len(runs)} runs side by side"
+    return tag(
+        "header",
+        tag("h1", "InstAP training report"),
+        tag("p", f"{count} · {now:%Y-%m-%d %H:%M} UTC", class_="lead"),
+        _legend(runs, "legend"),
+    )
+
+
+def _legend(runs: Sequence[Run], class_: str = "legend small") -> Html:
+    return tag("ul", *(tag("li", swatch(r.slot), r.name) for r in runs), class_=class_)
+
+
+def _overview(runs: Sequence[Run]) -> Html:
+    columns = [facts(run) for run in runs]
+    labels = dict.fromkeys(label for column in columns for label in column)
+    rows = [[label, *(column.get(label, "—") for column in columns)] for label in labels]
+    header = ["", *(join(swatch(run.slot), run.name) for run in runs)]
+    gaps = [note(tag("b", run.name), ": ", text) for run in runs for text in run.missing]
+    return join(tag("h2", "Runs"), table(header, rows, class_="facts"), *gaps)
+
+
+def _curves(runs: Sequence[Run]) -> Html:
+    """Panels by stage: the losses of different stages are different quantities."""
+    logged = [run for run in runs if run.lines]
+    if not logged:
+        return join(tag("h2", "Training"), note("None of these runs has a metrics.jsonl."))
+    parts = [
+        tag("h2", "Training"),
+        note(
+            "Thin: as logged. Heavy: centred running mean over 1/25 of the log. Axes marked (log) "
+            "are logarithmic."
+        ),
+    ]
+    for stage in dict.fromkeys(run.stage for run in logged):
+        mine = [run for run in logged if run.stage == stage]
+        parts += [tag("h3", f"Stage: {stage}"), _legend(mine)]
+        parts.append(_panels(mine, _PANELS, stage))
+        others = {name: (name, name, False) for name in _other_names(mine)}
+        if others:
+            summary = tag("summary", f"{len(others)} more logged quantities")
+            parts.append(tag("details", summary, _panels(mine, others, stage)))
+    return join(*parts)
+
+
+def _panels(runs: Sequence[Run], panels: dict[str, tuple[str, str, bool]], stage: str) -> Html:
+    figures = []
+    for name, (title, unit, from_zero) in panels.items():
+        curves = [curve for run in runs if (curve := _curve(run, name))]
+        if curves:
+            label = f"{title} over steps, stage {stage}"
+            plot = curve_plot(curves, unit=unit, label=label, from_zero=from_zero)
+            figures.append(tag("figure", tag("figcaption", title), plot))
+    return tag("div", *figures, class_="panels")
+
+
+def _curve(run: Run, name: str) -> Curve | None:
+    steps, values = series(run, name)
+    if name == "data_wait_share":
+        steps, waited = series(run, "data_wait_seconds")
+        total = series(run, "step_seconds")[1]
+        if len(total) != len(waited):
+            return None
+        values = 100 * waited / np.maximum(total, 1e-12)
+    if name == "mfu":
+        values = 100 * values
+    return Curve(slot=run.slot, steps=steps, values=values) if len(steps) else None
+
+
+def _other_names(runs: Sequence[Run]) -> list[str]:
+    known = _NOT_CURVES | set(_PANELS)
+    return [
+        name
+        for name in scalar_names(runs)
+        if name not in known and not name.startswith(("faults/", "kind_"))
+    ]
+
+
+def _sheets(annotations: Path | str | None, media: Path | str | None) -> Html:
+    """Contact sheets of a few samples of every split and kind."""
+    if annotations is None and media is None:
+        return Html("")
+    if annotations is None or media is None:
+        raise UserError("--annotations and --media belong together: give both or neither")
+    media = Path(media)
+    if not media.is_dir():
+        raise UserError(f"media root {media} is not a directory")
+    figures = []
+    for sample in _choose(Path(annotations)):
+        try:
+            picture = preview.sample_sheet(sample, media)
+        except MediaError as error:
+            figures.append(note(f"{sample.id}: {sample.media}: {error}"))
+            continue
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=90, subsampling=0)
+        source = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+        alt = f"Sample {sample.id}: {' / '.join(sample.captions)}"
+        picture_tag = tag("img", src=source, alt=alt, loading="lazy")
+        figures.append(tag("figure", picture_tag, class_="sheet"))
+    return tag("div", *figures, class_="sheets")
+
+
+def _choose(annotations: Path) -> list[Sample]:
+    """At most two samples of every split and kind, drawn in one pass, in the order of the file."""
+    rng = np.random.default_rng([0])
+    kept: dict[tuple, list[Sample]] = {}
+    seen: dict[tuple, int] = {}
+    for sample in schema.read_annotations(annotations):
+        group = (sample.split, sample.kind)
+        mine = kept.setdefault(group, [])
+        seen[group] = seen.get(group, 0) + 1
+        place = len(mine) if len(mine) < _PER_GROUP else int(rng.integers(seen[group]))
+        if place < _PER_GROUP:
+            mine[place : place + 1] = [sample]
+    # One of every group first, so that no split is left out.
+    chosen = [mine[i] for i in range(_PER_GROUP) for mine in kept.values() if i < len(mine)]
+    return sorted(chosen[:_SHEETS], key=lambda sample: sample.line)
+
+
+def _configurations(runs: Sequence[Run]) -> Html:
+    parts = [tag("h2", "Configuration"), note("Only what differs from the library's defaults.")]
+    for run in runs:
+        title = join(swatch(run.slot), run.name)
+        if not run.config:
+            parts += [tag("h3", title), note("config.json is missing.")]
+            continue
+        source = run.file or "no file"
+        flags = " ".join(run.overrides)
+        parts += [tag("h3", title), tag("p", f"{source} {flags}".strip(), class_="protocol")]
+        rows = [[key, _value(pair[0]), _value(pair[1])] for key, pair in run.changed.items()]
+        if rows:
+            parts.append(table(["key", "default", "this run"], rows, class_="diff"))
+        else:
+            parts.append(note("Nothing: the defaults."))
+        resolved = json.dumps(run.config, indent=1, ensure_ascii=False)
+        summary = tag("summary", "complete configuration")
+        parts.append(tag("details", summary, tag("pre", resolved)))
+    return join(*parts)
+
+
+def _value(value) -> str:
+    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+
+
+def _footer() -> Html:
+    text = f"Written by instap_jax {instap_jax.__version__}. Self-contained: no scripts, no links."
+    return tag("footer", text)

@@ -1,0 +1,190 @@
+"""Plots of a report as inline SVG, drawn by Matplotlib and coloured by the page's CSS variables."""
+
+import dataclasses
+import html
+import io
+import re
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatterSciNotation, MaxNLocator, NullFormatter
+
+from instap_jax.evaluation.report_html import SERIES, Html
+
+# Stand-ins that Matplotlib accepts as colours; `_themed` turns them into CSS variables.
+_INK, _MUTED, _LINE = "#000101", "#000102", "#000103"
+_SLOTS = [f"#0002{slot:02x}" for slot in range(SERIES)]
+_VARIABLES = {_INK: "--ink", _MUTED: "--muted", _LINE: "--line"} | {
+    stand_in: f"--s{slot}" for slot, stand_in in enumerate(_SLOTS)
+}
+_POINTS = 600  # of a drawn curve; longer logs keep the extremes of every stretch
+_WINDOW_SHARE = 25  # the running mean covers 1/25 of a log
+_LOG_SPAN = 8.0  # positive values that span more than this factor get a logarithmic axis
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """One run's values over its steps; `slot` is the run's place in the report."""
+
+    slot: int
+    steps: np.ndarray
+    values: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Dot:
+    """One measured value with its interval; `hollow` marks untrained weights."""
+
+    row: int
+    slot: int
+    value: float
+    low: float | None = None
+    high: float | None = None
+    hollow: bool = False
+
+
+def curve_plot(curves: Sequence[Curve], *, unit: str, label: str, from_zero: bool = False) -> Html:
+    """Values over steps: thin as logged, heavy as a running mean. The axis picks its scale.
+
+    Args:
+      unit: text of the y axis.
+      label: what the plot shows, for readers who cannot see it.
+      from_zero: the y axis starts at zero (rates, shares).
+    """
+    figure, axes = _axes(5.4, 2.75)
+    for curve in curves:
+        style = "-" if curve.slot < SERIES else (0, (4, 1.5))
+        color = _SLOTS[curve.slot % SERIES]
+        mean = running_mean(curve.values)
+        smooth = mean is not None
+        drawn = _decimated(curve.steps, curve.values)
+        marker = "o" if len(curve.steps) == 1 else None
+        width, alpha = (0.7, 0.35) if smooth else (1.6, 1.0)
+        axes.plot(*drawn, style, color=color, lw=width, alpha=alpha, marker=marker, ms=3)
+        if smooth:
+            axes.plot(*_decimated(curve.steps, mean), style, color=color, lw=1.7)
+    values = np.concatenate([c.values[np.isfinite(c.values)] for c in curves] or [np.zeros(0)])
+    axes.set_xlabel("step", color=_MUTED)
+    axes.set_ylabel(unit, color=_MUTED)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if (
+        not from_zero
+        and values.size
+        and values.min() > 0
+        and np.ptp(np.log(values)) > np.log(_LOG_SPAN)
+    ):
+        _logarithmic(axes, values)
+    elif from_zero:
+        axes.set_ylim(0, 1.08 * values.max() if values.size and values.max() > 0 else 1)
+    return _svg(figure, label)
+
+
+def dot_plot(
+    dots: Sequence[Dot], rows: Sequence[str], chance: Sequence[float], *, unit: str, label: str
+) -> Html:
+    """Values by row, one colour per run, 95 % intervals as whiskers, chance as a grey tick."""
+    per_row = max((sum(d.row == row for d in dots) for row in range(len(rows))), default=1)
+    figure, axes = _axes(5.4, 0.75 + len(rows) * max(0.3, 0.13 * per_row + 0.12))
+    for row in range(len(rows)):
+        mine = [dot for dot in dots if dot.row == row]
+        spread = np.linspace(-0.3, 0.3, len(mine)) if len(mine) > 1 else [0.0]
+        for dot, shift in zip(mine, spread):
+            color = _SLOTS[dot.slot % SERIES]
+            if dot.low is not None and dot.high is not None:
+                axes.plot([dot.low, dot.high], [row + shift] * 2, color=color, lw=1.3, alpha=0.6)
+            face = "none" if dot.hollow else color
+            axes.plot(dot.value, row + shift, "o", ms=5.2, mec=color, mfc=face, mew=1.3)
+    axes.vlines(
+        chance, np.arange(len(rows)) - 0.42, np.arange(len(rows)) + 0.42, color=_MUTED, lw=1.4
+    )
+    axes.set_yticks(range(len(rows)), rows, color=_INK)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(0, 102)
+    axes.set_xlabel(unit, color=_MUTED)
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", color=_LINE, lw=0.7)
+    axes.tick_params(axis="y", length=0, labelsize=9)
+    return _svg(figure, label)
+
+
+def running_mean(values: np.ndarray) -> np.ndarray | None:
+    """Centred mean over 1/25 of the log (at least 5 lines); None for logs too short to smooth.
+
+    Values that are not finite are left out; at the ends the window shrinks on both sides alike,
+    so that a slope is not bent.
+    """
+    count = len(values)
+    if count < 12:
+        return None
+    half = max(2, count // _WINDOW_SHARE // 2)
+    good = np.isfinite(values)
+    total = np.concatenate([[0.0], np.cumsum(np.where(good, values, 0))])
+    number = np.concatenate([[0], np.cumsum(good)])
+    centre = np.arange(count)
+    reach = np.minimum(half, np.minimum(centre, count - 1 - centre))
+    low, high = centre - reach, centre + reach + 1
+    finite = number[high] - number[low]
+    return np.where(finite > 0, (total[high] - total[low]) / np.maximum(finite, 1), np.nan)
+
+
+def _decimated(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most `_POINTS` points: the least and the greatest value of every stretch, in order."""
+    if len(steps) <= _POINTS:
+        return steps, values
+    keep = {0, len(steps) - 1}
+    for stretch in np.array_split(np.arange(len(steps)), _POINTS // 2 - 1):
+        known = np.where(np.isfinite(values[stretch]), values[stretch], 0)
+        keep |= {int(stretch[np.argmin(known)]), int(stretch[np.argmax(known)])}
+    index = np.array(sorted(keep))
+    return steps[index], values[index]
+
+
+def _axes(width: float, height: float):
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    axes.patch.set_visible(False)
+    figure.patch.set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_LINE)
+    axes.tick_params(colors=_MUTED, labelsize=8, width=0.7, length=3, which="both")
+    axes.grid(axis="y", color=_LINE, lw=0.7)
+    axes.set_axisbelow(True)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set_size(8.5)
+    return figure, axes
+
+
+def _logarithmic(axes, values: np.ndarray) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_minor_formatter(
+        # Less than two decades hold too few labelled powers of ten to read values off.
+        LogFormatterSciNotation(minor_thresholds=(2, 0.5))
+        if np.ptp(np.log10(values)) < 2
+        else NullFormatter()
+    )
+    axes.set_ylabel(f"{axes.get_ylabel()} (log)", color=_MUTED)
+
+
+def _svg(figure: Figure, label: str) -> Html:
+    buffer = io.StringIO()
+    # Text stays text (the page's font, searchable); ids do not change from one run to the next.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return _themed(buffer.getvalue(), label)
+
+
+def _themed(svg: str, label: str) -> Html:
+    """Strips what an inline SVG does not need and turns the stand-in colours into variables."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r'<style type="text/css">.*?</style>', "", svg, flags=re.S)
+    svg = re.sub(r' id="(?!p[0-9a-f]{10}|m[0-9a-f]{10})[^"]*"', "", svg)
+    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+    for stand_in, variable in _VARIABLES.items():
+        svg = svg.replace(stand_in, f"var({variable})")
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)
+    return Html(svg)
