@@ -32,12 +32,34 @@ CHOICES = {
 }
 
 POSITIVE = (
-    "steps data.batch_size data.frames data.instances_per_sample tokenizer.length vision.width "
-    "vision.depth vision.heads vision.patch vision.image_size teacher.width teacher.depth "
-    "teacher.heads teacher.patch teacher.image_size teacher.projection text.vocab_size text.width "
-    "text.depth text.heads distill.layers optimizer.learning_rate optimizer.accumulate "
-    "checkpoint.every checkpoint.keep log.every evaluate.batch_size"
-).split()
+    "steps",
+    "data.batch_size",
+    "data.frames",
+    "data.instances_per_sample",
+    "tokenizer.length",
+    "vision.width",
+    "vision.depth",
+    "vision.heads",
+    "vision.patch",
+    "vision.image_size",
+    "teacher.width",
+    "teacher.depth",
+    "teacher.heads",
+    "teacher.patch",
+    "teacher.image_size",
+    "teacher.projection",
+    "text.vocab_size",
+    "text.width",
+    "text.depth",
+    "text.heads",
+    "distill.layers",
+    "optimizer.learning_rate",
+    "optimizer.accumulate",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "log.every",
+    "evaluate.batch_size",
+)
 
 # What may differ when a run goes on: it changes speed, output or length, not the result of a step.
 MAY_CHANGE = (

@@ -1,4 +1,7 @@
-"""The one exception type that stands for a fault the user can mend."""
+"""The one exception type that stands for a fault the user can mend, and the exit codes."""
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
 
 
 class UserError(Exception):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from instap_jax import __version__
-from instap_jax.errors import UserError
+from instap_jax.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 
 # Verb -> one line of help. The module is `instap_jax.commands.<verb>` ('import_', as Python keeps
 # that word for itself). It has `define_flags(values: flags.FlagValues)` and
@@ -30,9 +30,6 @@ VERBS = {
     "evaluate": "measure a trained model; write JSON",
     "report": "one self-contained HTML page: curves, samples, results of one or more runs",
 }
-
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,14 +62,14 @@ def _run(verb: str, args: list[str]) -> int:
     flags.FLAGS.mark_as_parsed()  # grain's workers read the global ones
     module.define_flags(values)
     if any(arg in ("-h", "--help") for arg in args):
-        print(f"instap {verb}: {VERBS[verb]}\n{values.get_help()}")
+        print(f"instap {verb}: {VERBS[verb]}\n{_flag_help(values)}")
         return 0
     try:
         rest = values(sys.argv)[1:]
-    except AttributeError as error:  # what ml_collections raises for an unknown key
+    except (AttributeError, KeyError) as error:  # what ml_collections raises for an unknown key
         raise UserError(_unknown_key(error)) from error
-    except (flags.Error, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(_one_line(error)) from error
+    except (flags.Error, TypeError, ValueError, OSError) as error:
+        raise UserError(_flag_fault(error)) from error
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; flags look like --name=value")
     return module.run(values) or 0
@@ -88,17 +85,30 @@ def _usage() -> str:
     )
 
 
+def _flag_help(values: flags.FlagValues) -> str:
+    """The verb's own flags, without those that absl adds to every FlagValues."""
+    ours = [name for name in values.flags_by_module_dict() if name.startswith("instap_jax")]
+    return "\n".join(values.module_help(name) for name in ours)
+
+
 def _closest(word: str, known) -> str:
     close = difflib.get_close_matches(word, known, n=1)
     return f" {word!r}" + (f": did you mean {close[0]!r}?" if close else "")
 
 
-def _unknown_key(error: AttributeError) -> str:
+def _unknown_key(error: Exception) -> str:
     """ml_collections says: 'key' Did you mean "other" instead of "key"?"""
     words = re.findall(r"(?<=['\"])\w+(?=\\?['\"])", str(error))
     close = re.search(r'mean "(\w+)"', str(error))
     hint = f"; did you mean {close[1]!r}?" if close else ""
     return f"config has no key {words[0] if words else error}{hint}"
+
+
+def _flag_fault(error: Exception) -> str:
+    text = str(error)
+    if "Traceback" in text:  # absl hands on the whole of what a configuration file raised
+        text = f"--config: {text.strip().splitlines()[-1]}"
+    return text
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,8 +1,8 @@
 """Device mesh and the rules that place parameters, optimizer state and batches on it.
 
-Parameters name their axes (`nnx.Param(..., logical_axes=('embed', 'mlp'))`); `RULES` says which mesh
-axis each name is split over. Optimizer moments inherit the metadata of their parameter, so one
-function places the whole training state.
+Parameters name their axes (`nnx.Param(..., logical_axes=('embed', 'mlp'))`); `RULES` says which
+mesh axis each name is split over. Optimizer moments inherit the metadata of their parameter, so
+one function places the whole training state.
 """
 
 import dataclasses

@@ -19,6 +19,6 @@ def run(values: flags.FlagValues) -> None:
     workdir = Path(values["workdir"].value)
     config_check.record(loaded, workdir)
     # Only now JAX: a wrong key or path has already been reported.
-    from instap_jax.train import loop
+    from instap_jax.train.loop import train
 
-    loop.train(loaded.config, workdir)
+    train(loaded.config, workdir)

@@ -5,7 +5,7 @@ from pathlib import Path
 from absl import flags
 
 from instap_jax.data import validation
-from instap_jax.main import EXIT_USER_ERROR
+from instap_jax.errors import EXIT_USER_ERROR
 from instap_jax.progress import Progress
 
 

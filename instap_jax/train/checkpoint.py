@@ -51,7 +51,7 @@ class Checkpointer:
         meta: dict[str, Any],
         force: bool = False,
     ) -> bool:
-        """Starts saving; returns False when this step is not due. Errors of an earlier save raise."""
+        """Starts saving; False when this step is not due. Errors of an earlier save raise here."""
         args = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             optimizer=ocp.args.StandardSave({"opt_state": state.opt_state, "step": state.step}),
@@ -109,7 +109,7 @@ def read_params(workdir: str, abstract: Any, *, select: tuple[str, ...] = ()) ->
       select: path of the sub-module to take; `abstract` then describes that sub-module alone.
 
     Raises:
-      UserError: when there is no checkpoint, a parameter is missing, left over, or of another shape.
+      UserError: when there is no checkpoint, or a parameter is missing, left over or misshapen.
     """
     with _reader(workdir) as manager:
         path = manager.directory / str(_newest(manager, workdir)) / "params"

@@ -80,6 +80,7 @@ class Feed:
         self._config = config
         self._sharding = sharding.batch_sharding(mesh)
         groups, group_size = batch_shape(config, mesh)
+        corpora = {Kind.VIDEO: config.data.videos, Kind.IMAGE: config.data.images}
         self._loaders = {
             kind: make_loader(
                 config,
@@ -89,8 +90,8 @@ class Feed:
                 host_index=jax.process_index(),
                 host_count=jax.process_count(),
             )
-            for kind, corpora in ((Kind.VIDEO, config.data.videos), (Kind.IMAGE, config.data.images))
-            if corpora
+            for kind, text in corpora.items()
+            if text
         }
         if not self._loaders:
             raise UserError("config.data.videos and config.data.images are both empty: no data")

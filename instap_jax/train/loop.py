@@ -15,7 +15,6 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import instap_jax
@@ -25,68 +24,8 @@ from instap_jax.progress import Progress
 from instap_jax.train import checkpoint, flops
 from instap_jax.train.feed import Fed, Feed
 from instap_jax.train.metrics import MetricWriter
-from instap_jax.train.objectives import Objective, objective
-from instap_jax.train.optimizer import make_optimizer
-from instap_jax.train.state import (
-    TrainState,
-    abstract_state,
-    init_state,
-    shardings,
-    with_sharding,
-)
-from instap_jax.train.step import make_train_step
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Program:
-    """A stage ready to run or to compile: structure, placement and the jitted step.
-
-    Attributes:
-      graphdef, abstract: of the trained model; `abstract` is a TrainState of abstract arrays.
-      frozen_graphdef, frozen_abstract: of the frozen model.
-      step: jitted; (state, frozen parameters, batch) -> (state, metrics); donates the state.
-    """
-
-    objective: Objective
-    graphdef: nnx.GraphDef
-    abstract: TrainState
-    frozen_graphdef: nnx.GraphDef
-    frozen_abstract: nnx.State
-    step: jax.stages.Wrapped
-    init: object
-
-
-def build_program(config: ConfigDict, mesh: Mesh) -> Program:
-    """Builds a stage without computing or reading anything."""
-    stage = objective(config)
-    tx = make_optimizer(config)
-
-    def create(rngs: nnx.Rngs) -> nnx.Module:
-        return stage.create(config, rngs)
-
-    graphdef, abstract = abstract_state(create, tx, mesh)
-    frozen = nnx.eval_shape(lambda: stage.create_frozen(config, nnx.Rngs(0)))
-    frozen_graphdef, frozen_abstract = nnx.split(frozen)
-    frozen_abstract = with_sharding(frozen_abstract, mesh)
-    step = make_train_step(config, stage, graphdef, frozen_graphdef, tx)
-    return Program(
-        objective=stage,
-        graphdef=graphdef,
-        abstract=abstract,
-        frozen_graphdef=frozen_graphdef,
-        frozen_abstract=frozen_abstract,
-        step=jax.jit(
-            step,
-            donate_argnums=0,
-            in_shardings=(
-                shardings(abstract),
-                shardings(frozen_abstract),
-                sharding.batch_sharding(mesh),
-            ),
-            out_shardings=(shardings(abstract), sharding.replicated(mesh)),
-        ),
-        init=lambda: init_state(create, tx, abstract, config.seed),
-    )
+from instap_jax.train.program import Program, build_program
+from instap_jax.train.state import TrainState
 
 
 def train(config: ConfigDict, workdir: Path) -> TrainState:

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from instap_jax import losses, masking
 from instap_jax.models import preprocess
 from instap_jax.models.distillation import Student
-from instap_jax.models.teacher import ClipModel, ClipVision
+from instap_jax.models.teacher import ClipModel, ClipVision, ClipVisionOutput
 from instap_jax.types import Batch
 
 LossResult = tuple[jax.Array, dict[str, jax.Array]]
@@ -45,14 +45,21 @@ def compute_options(config: ConfigDict) -> dict:
     return {"dtype": jnp.dtype(config.compute.dtype), "remat": config.compute.remat}
 
 
-def _views(config: ConfigDict, batch: Batch, key: jax.Array, *sizes: int) -> list[jax.Array]:
-    """One random view of every clip, at each of `sizes` pixels, normalised: [B, T, S, S, 3]."""
+def _view(config: ConfigDict, batch: Batch, key: jax.Array) -> Callable[..., jax.Array]:
+    """Draws one random view for each clip; returns a function that renders it.
+
+    The function takes (size in pixels, normalisation constants) and gives float32 [B, T, S, S, 3],
+    so that student and teacher see the same part of the picture, each cut from the full frames.
+    """
     frames, extent = _flat(batch["frames"]), _flat(batch["extent"])
     boxes, flip = preprocess.random_views(key, extent, _flat(batch["keep_side"]), config.data)
-    return [
-        preprocess.normalise(preprocess.cut_view(frames, extent, boxes, flip, size))
-        for size in sizes
-    ]
+    boxes = jnp.broadcast_to(boxes[:, None], (*frames.shape[:2], 4))
+
+    def render(size: int, constants) -> jax.Array:
+        pixels = preprocess.crop_and_resize(frames, boxes, extent, size, flip=flip)
+        return preprocess.normalise(pixels, constants)
+
+    return render
 
 
 def _flat(array: jax.Array) -> jax.Array:
@@ -70,16 +77,11 @@ def _create_clip(config: ConfigDict, rngs: nnx.Rngs) -> ClipModel:
 def _clip_loss(config, model: ClipModel, frozen, batch: Batch, key) -> LossResult:
     del frozen
     view_key, text_key = jax.random.split(key)
-    (video,) = _views(config, batch, view_key, config.teacher.image_size)
-    images = video.reshape((-1, *video.shape[2:]))  # [B * T, S, S, 3]
-    frames = video.shape[1]
-    image = model.visual(images).embedding
-    image = image.reshape((-1, frames, image.shape[-1])).mean(1)
-    text = model.encode_text(_flat(batch["text"]), key=text_key)
+    video = _view(config, batch, view_key)(config.teacher.image_size, preprocess.CLIP)
     out = losses.contrastive_loss(
-        image,
-        text,
-        model.temperature(),
+        embed_frames(model, video),
+        model.embed_texts(_flat(batch["text"]), key=text_key),
+        model.tau(),
         valid=_flat(batch["sample_valid"]),
         video_ids=_flat(batch["media_hash"]),
         text_ids=_flat(batch["text_hash"]),
@@ -87,8 +89,15 @@ def _clip_loss(config, model: ClipModel, frozen, batch: Batch, key) -> LossResul
     return out.loss, {
         "accuracy_v2t": out.accuracy_v2t,
         "accuracy_t2v": out.accuracy_t2v,
-        "temperature": model.temperature(),
+        "temperature": model.tau(),
     }
+
+
+def embed_frames(model: ClipModel, video: jax.Array) -> jax.Array:
+    """[B, T, S, S, 3] -> [B, p]: CLIP sees frames one by one; a clip is the mean of its frames."""
+    clips, frames = video.shape[:2]
+    images = model.embed_images(video.reshape((-1, *video.shape[2:])))
+    return images.reshape((clips, frames, -1)).mean(1)
 
 
 # Stage 'distill': PAPER stage 1, masked video distillation, loss (1).
@@ -104,29 +113,37 @@ def _create_teacher(config: ConfigDict, rngs: nnx.Rngs) -> ClipVision:
 
 def _distill_loss(config, model: Student, teacher: ClipVision, batch: Batch, key) -> LossResult:
     view_key, mask_key, drop_key = jax.random.split(key, 3)
-    sizes = config.vision.image_size, config.teacher.image_size
-    student_video, teacher_video = _views(config, batch, view_key, *sizes)
-    clips, frames = teacher_video.shape[:2]
-    target = teacher(
-        teacher_video.reshape((-1, *teacher_video.shape[2:])), taps=config.distill.layers
+    view = _view(config, batch, view_key)
+    video = view(config.vision.image_size, preprocess.IMAGENET)
+    clips, frames = video.shape[:2]
+    images = view(config.teacher.image_size, preprocess.CLIP)
+    seen = teacher(
+        images.reshape((-1, *images.shape[2:])), taps=config.distill.layers, attention=True
     )
-    target = jax.lax.stop_gradient(target)
-    visible = choose_visible(config, mask_key, target, clips, frames)
-    student = model(student_video, visible=visible, key=drop_key)  # [K, B, V, p]
-    taps = target.taps.reshape((target.taps.shape[0], clips, -1, target.taps.shape[-1]))
-    taps = jnp.take_along_axis(taps, visible[None, :, :, None], axis=2)
-    loss = losses.distillation_loss(student, taps, _flat(batch["sample_valid"]))
-    return loss, {"cosine": 1 - loss / 2}
+    seen = jax.lax.stop_gradient(seen)
+    visible = choose_visible(config, mask_key, seen, clips, frames)
+    target = seen.taps.reshape((seen.taps.shape[0], clips, -1, seen.taps.shape[-1]))
+    target = jnp.take_along_axis(target, visible[None, :, :, None], axis=2)
+    student = model(video, visible=visible, key=drop_key)
+    loss = losses.distillation_loss(student, target, _flat(batch["sample_valid"]))
+    return loss, {}
 
 
-def choose_visible(config: ConfigDict, key: jax.Array, target, clips: int, frames: int):
-    """Indices int32 [B, V] into the T * N tokens of a clip that the student sees (PAPER 3)."""
-    score = {"cls": target.cls_attention, "received": target.received}[config.distill.mask_score]
-    return masking.attention_guided_visible(
+def choose_visible(
+    config: ConfigDict, key: jax.Array, seen: ClipVisionOutput, clips: int, frames: int
+) -> jax.Array:
+    """The visible set Omega, int32 [B, V], of T * N tokens from the teacher's attention (PAPER 3).
+
+    Frame by frame, as UMT does: every frame keeps the same number of tokens.
+    """
+    score = {"cls": seen.cls_attention, "received": seen.received}[config.distill.mask_score]
+    score = score.reshape((clips, -1))
+    return masking.choose_visible(
         key,
-        score.reshape((clips, frames, -1)),
-        ratio=config.distill.mask_ratio,
-        choice=config.distill.mask_choice,
+        score,
+        masking.visible_count(score.shape[1], config.distill.mask_ratio, frames=frames),
+        config.distill.mask_choice,
+        frames=frames,
     )
 
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 NO_DECAY = ("position", "class_token", "token_type", "temperature")
 
 # Names of what an encoder has beneath its blocks, for layer decay.
-BELOW_BLOCKS = ("embed", "position", "class_token", "norm_pre")
+BELOW_BLOCKS = ("embedding", "position", "class_token", "ln_pre")
 
 
 def learning_rate_schedule(config: ConfigDict) -> optax.Schedule:

@@ -1,4 +1,4 @@
-"""The training state: one pytree, initialised, placed and restored from one abstract description."""
+"""The training state: one pytree; one abstract description initialises, places, restores it."""
 
 import dataclasses
 from collections.abc import Callable

@@ -54,9 +54,9 @@ def make_train_step(
         metrics = metrics | {
             "loss": loss,
             "learning_rate": schedule(state.step),
-            "grad_norm": optax.global_norm(grads),
-            "param_norm": optax.global_norm(params),
-            "update_norm": optax.global_norm(updates),
+            "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(params),
+            "update_norm": optax.tree.norm(updates),
         }
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
@@ -71,8 +71,7 @@ def _accumulate(grad_fn, params, frozen, batch, key, count: int):
     """
 
     def cut(array):
-        array = array.reshape((-1, count) + array.shape[1:]).swapaxes(0, 1)
-        return array
+        return array.reshape((-1, count, *array.shape[1:])).swapaxes(0, 1)
 
     def body(total, part):
         index, part = part

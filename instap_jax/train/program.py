@@ -1,0 +1,74 @@
+"""A stage made ready to run or to compile, without computing or reading anything."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from instap_jax import sharding
+from instap_jax.train.objectives import Objective, objective
+from instap_jax.train.optimizer import make_optimizer
+from instap_jax.train.state import (
+    TrainState,
+    abstract_state,
+    init_state,
+    shardings,
+    with_sharding,
+)
+from instap_jax.train.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """A stage ready to run or to compile: structure, placement and the jitted step.
+
+    Attributes:
+      graphdef, abstract: of the trained model; `abstract` is a TrainState of abstract arrays.
+      frozen_graphdef, frozen_abstract: of the frozen model.
+      init: makes fresh parameters in place on the mesh.
+      step: jitted; (state, frozen parameters, batch) -> (state, metrics); donates the state.
+    """
+
+    objective: Objective
+    graphdef: nnx.GraphDef
+    abstract: TrainState
+    frozen_graphdef: nnx.GraphDef
+    frozen_abstract: nnx.State
+    step: jax.stages.Wrapped
+    init: Callable[[], TrainState]
+
+
+def build_program(config: ConfigDict, mesh: Mesh) -> Program:
+    """Builds the stage of `config` for a mesh that is current (`jax.set_mesh`)."""
+    stage = objective(config)
+    tx = make_optimizer(config)
+
+    def create(rngs: nnx.Rngs) -> nnx.Module:
+        return stage.create(config, rngs)
+
+    graphdef, abstract = abstract_state(create, tx, mesh)
+    frozen = nnx.eval_shape(lambda: stage.create_frozen(config, nnx.Rngs(0)))
+    frozen_graphdef, frozen_abstract = nnx.split(frozen)
+    frozen_abstract = with_sharding(frozen_abstract, mesh)
+    step = make_train_step(config, stage, graphdef, frozen_graphdef, tx)
+    return Program(
+        objective=stage,
+        graphdef=graphdef,
+        abstract=abstract,
+        frozen_graphdef=frozen_graphdef,
+        frozen_abstract=frozen_abstract,
+        step=jax.jit(
+            step,
+            donate_argnums=0,
+            in_shardings=(
+                shardings(abstract),
+                shardings(frozen_abstract),
+                sharding.batch_sharding(mesh),
+            ),
+            out_shardings=(shardings(abstract), sharding.replicated(mesh)),
+        ),
+        init=lambda: init_state(create, tx, abstract, config.seed),
+    )

@@ -1,0 +1,151 @@
+import json
+from pathlib import Path
+
+import pytest
+from tiny import CONFIGS, load_config
+
+from instap_jax import config_check, main
+from instap_jax.config import default
+from instap_jax.config_check import LoadedConfig
+from instap_jax.errors import UserError
+
+SHIPPED = [("stage1_l16",), ("tiny", "teacher"), ("tiny", "stage1")]
+
+
+def run(capsys, *args: str) -> tuple[int, str]:
+    code = main.main(args)
+    return code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", SHIPPED, ids=":".join)
+def test_shipped_configs_are_valid(name):
+    config_check.check(load_config(*name))
+
+
+def test_every_config_file_is_listed():
+    assert {path.stem for path in CONFIGS.glob("*.py")} == {name[0] for name in SHIPPED}
+
+
+@pytest.mark.parametrize("name", SHIPPED, ids=":".join)
+def test_config_docstrings_give_command_hardware_and_expectation(name):
+    text = (CONFIGS / f"{name[0]}.py").read_text()
+    for word in ("Command:", "Hardware:", "Expected:"):
+        assert word in text
+
+
+def test_paper_numbers_of_stage_1():
+    c = load_config("stage1_l16")
+    assert (c.vision.width, c.vision.depth, c.vision.heads, c.vision.patch) == (1024, 24, 16, 16)
+    assert (c.teacher.patch, c.teacher.image_size, c.teacher.projection) == (14, 196, 768)
+    assert (c.data.frames, c.vision.image_size, c.distill.mask_ratio) == (8, 224, 0.8)
+    assert (c.optimizer.learning_rate, tuple(c.optimizer.betas)) == (1.5e-4, (0.9, 0.95))
+    assert (c.optimizer.weight_decay, c.vision.drop_path, c.distill.layers) == (0.05, 0.2, 6)
+    # 800 epochs of 1.5 M clips, 40 of them warm-up
+    assert c.steps * c.data.batch_size == pytest.approx(800 * 1.5e6, rel=1e-3)
+    assert c.optimizer.warmup_steps / c.steps == pytest.approx(40 / 800, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stage": "distil"}, "did you mean 'distill'"),
+        ({"vision.image_size": 225}, "no multiple of its patch"),
+        ({"vision.heads": 7}, "no multiple of its heads"),
+        ({"teacher.image_size": 182}, "patches a side"),
+        ({"distill.mask_ratio": 1.0}, "must be in [0, 1)"),
+        ({"distill.layers": 25}, "more than the depth"),
+        ({"data.batch_size": 0}, "data.batch_size=0 must be positive"),
+        ({"optimizer.warmup_steps": 1000}, "must be below steps"),
+        ({"compute.dtype": "float16"}, "none of bfloat16, float32"),
+    ],
+)
+def test_wrong_values_are_named(changes, message):
+    config = default()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match="config: ") as error:
+        config_check.check(config)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_and_missing_keys_are_named():
+    config = default()
+    with config.unlocked():
+        config.data.frame = 3
+        del config.seed
+    with pytest.raises(UserError) as error:
+        config_check.check(config)
+    assert "unknown key 'data.frame' (did you mean 'data.frames'?)" in str(error.value)
+    assert "missing key 'seed'" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.data.batch_siz=3", "did you mean 'batch_size'"),
+        ("--config.nothing.here=3", "config has no key nothing"),
+        ("--config.data.batch_size=many", "batch_size=many"),
+        ("--config.stage=distil", "did you mean 'distill'"),
+        ("--confg.seed=3", "Unknown command line flag 'confg.seed'"),
+        ("extra", "unexpected argument 'extra'"),
+    ],
+)
+def test_typos_end_in_one_line_and_exit_code_2(capsys, tmp_path, override, message):
+    workdir = tmp_path / "run"
+    config = f"--config={CONFIGS / 'stage1_l16.py'}"
+    code, text = run(capsys, "train", config, f"--workdir={workdir}", override)
+    assert code == 2
+    assert message in text
+    assert text.count("\n") == 1
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize("path", ["missing.py", "tiny.py:nothing", "tiny.py"])
+def test_wrong_config_file_is_one_line(capsys, tmp_path, path):
+    code, text = run(capsys, "train", f"--config={CONFIGS / path}", f"--workdir={tmp_path}/run")
+    assert (code, text.count("\n")) == (2, 1)
+    assert Path(path.split(":")[0]).name in text
+
+
+def test_missing_flags(capsys):
+    assert run(capsys, "train", "--workdir=x")[0] == 2
+    code, text = run(capsys, "train", f"--config={CONFIGS / 'stage1_l16.py'}")
+    assert (code, "workdir" in text) == (2, True)
+
+
+def loaded(**changes) -> LoadedConfig:
+    config = load_config("tiny", "stage1")
+    config.update_from_flattened_dict(changes)
+    return LoadedConfig(config=config, file="configs/tiny.py:stage1", overrides=changes)
+
+
+def test_record_and_read_back(tmp_path):
+    workdir = tmp_path / "a" / "run"
+    first = loaded(**{"data.batch_size": 16, "optimizer.clip_norm": 1.0})
+    config_check.record(first, workdir)
+    content = json.loads((workdir / "config.json").read_text())
+    assert content["overrides"] == ["data.batch_size=16", "optimizer.clip_norm=1.0"]
+    assert content["changed"]["data.batch_size"] == [64, 16]
+    assert config_check.read(workdir) == first.config
+    config_check.record(first, workdir)  # the same again: the run goes on
+
+
+def test_workdir_of_another_config_is_refused(tmp_path):
+    config_check.record(loaded(), tmp_path)
+    with pytest.raises(UserError, match=r"vision.depth \(4 there, 3 now\)"):
+        config_check.record(loaded(**{"vision.depth": 3}), tmp_path)
+    # what changes no step's result may differ
+    config_check.record(loaded(**{"log.every": 3, "data.workers": 2, "stop_at": 5}), tmp_path)
+
+
+def test_foreign_directory_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UserError, match="not empty and not a run"):
+        config_check.record(loaded(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_unwritable_workdir_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        config_check.record(loaded(), tmp_path / "file" / "run")

@@ -1,0 +1,103 @@
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import instap_jax
+from instap_jax import main
+
+PACKAGE = Path(instap_jax.__file__).parent
+
+
+def test_help_is_fast_and_imports_no_jax():
+    code = (
+        "import sys\nfrom instap_jax import main\ncode = main.main(['--help'])\n"
+        "assert code == 0 and 'jax' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    start = time.perf_counter()
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # Far under a second on an idle machine; the margin is for a busy one.
+    assert time.perf_counter() - start < 5
+    for verb in main.VERBS:
+        assert verb in out.stdout
+
+
+def test_module_and_unknown_verb():
+    command = [sys.executable, "-m", "instap_jax", "trian"]
+    out = subprocess.run(command, capture_output=True, text=True)
+    assert out.returncode == 2
+    assert out.stderr == (
+        "instap trian: unknown verb 'trian': did you mean 'train'?; `instap --help` lists them\n"
+    )
+
+
+@pytest.mark.parametrize("verb", main.VERBS)
+def test_every_verb_has_help(verb, capsys):
+    assert main.main([verb, "--help"]) == 0
+    assert "--" in capsys.readouterr().out
+
+
+# What each part of the package may import from the rest; the direction of DESIGN section 4.
+LEAVES = {"types", "errors", "progress"}
+ALLOWED = {
+    "types": set(),
+    "errors": set(),
+    "progress": set(),
+    "config": set(),
+    "config_check": {"config"},
+    "sharding": set(),
+    "masking": set(),
+    "losses": set(),
+    "models": set(),
+    "data": set(),
+    "train": {"config_check", "sharding", "masking", "losses", "models", "data"},
+    "evaluation": {"config_check", "sharding", "models", "data", "train"},
+    "commands": {"config_check", "train", "evaluation", "data"},
+    "main": set(),
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Parts of the package (or top-level libraries) that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            if node.module == "instap_jax":
+                found |= {f"instap_jax.{alias.name}" for alias in node.names}
+            else:
+                found.add(node.module)
+    return found
+
+
+def test_imports_go_one_way():
+    wrong = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if part in ("__init__", "__main__"):
+            continue
+        for name in imports_of(path):
+            library, _, rest = name.partition(".")
+            if library == "instap_jax" and rest:
+                target = rest.split(".")[0]
+                fine = target in LEAVES | ALLOWED[part] | {part, "__version__"}
+                wrong += [] if fine else [f"{path.relative_to(PACKAGE)} imports {name}"]
+            if part in ("data", "types", "errors") and library in ("jax", "flax", "optax"):
+                wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
+            if library in ("tensorflow", "torch", "transformers", "clu"):
+                wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
+    assert not wrong
+
+
+def test_only_the_train_command_imports_the_loop():
+    users = [
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if "instap_jax.train.loop" in imports_of(path)
+    ]
+    assert users == ["commands/train.py"]

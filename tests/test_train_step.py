@@ -1,0 +1,305 @@
+"""The step as a function: devices, accumulation, randomness, optimizer, FLOPs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from batches import random_batch
+from flax import nnx
+from ml_collections import ConfigDict
+from tiny import tiny_config
+
+from instap_jax import sharding
+from instap_jax.errors import UserError
+from instap_jax.train import flops, optimizer
+from instap_jax.train.feed import batch_shape, kind_of_step
+from instap_jax.train.program import build_program
+from instap_jax.types import Kind
+
+
+def run_steps(config, devices: int, steps: int = 2, *, groups: int = 8, batch=None):
+    """Parameters and metrics after `steps` steps on a fixed batch, teacher at random."""
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+    if batch is None:
+        batch = random_batch(
+            groups=groups,
+            group_size=config.data.batch_size // groups,
+            frames=config.data.frames,
+            canvas=tuple(config.data.canvas),
+            text_length=config.tokenizer.length,
+            vocab_size=config.text.vocab_size,
+        )
+    with jax.set_mesh(mesh):
+        program = build_program(config, mesh)
+        state = program.init()
+        frozen = jax.tree.map(random_like, program.frozen_abstract)
+        placed = jax.device_put(batch, sharding.batch_sharding(mesh))
+        history = []
+        for _ in range(steps):
+            state, metrics = program.step(state, frozen, placed)
+            history.append({name: float(value) for name, value in metrics.items()})
+    return jax.device_get(state), history
+
+
+def random_like(leaf):
+    rng = np.random.default_rng(list(leaf.shape))
+    value = rng.normal(0, 0.2, leaf.shape).astype(leaf.dtype)
+    return jax.device_put(value, leaf.sharding)
+
+
+def assert_close(first, second, tolerance):
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(second)):
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("part", ["teacher", "stage1"])
+@pytest.mark.parametrize("mesh", [(2, 4, 1), (1, 4, 2)], ids=["replica*fsdp", "fsdp*tensor"])
+def test_eight_devices_equal_one(part, mesh):
+    config = tiny_config(part)
+    one, history_one = run_steps(config, 1)
+    config.mesh.update(replica=mesh[0], fsdp=mesh[1], tensor=mesh[2])
+    many, history_many = run_steps(config, 8)
+    for a, b in zip(history_one, history_many):
+        assert a == pytest.approx(b, rel=2e-5, abs=1e-6)
+    # Adam's first steps are signs of gradients: compare its moments, not only parameters.
+    assert_close(one.opt_state, many.opt_state, 1e-5)
+
+
+def test_parameters_are_split_as_the_rules_say():
+    config = tiny_config("stage1")
+    config.mesh.update(replica=1, fsdp=4, tensor=2)
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        program = build_program(config, mesh)
+    params = program.abstract.params["encoder"]
+    kernel = jax.tree.leaves(params["blocks"]["mlp"])
+    specs = {leaf.sharding.spec for leaf in kernel}
+    assert jax.sharding.PartitionSpec(None, "fsdp", "tensor") in specs
+    moments = jax.tree.map(lambda leaf: leaf.sharding.spec, program.abstract.opt_state[0].mu)
+    assert jax.tree.all(
+        jax.tree.map(
+            lambda spec, leaf: spec == leaf.sharding.spec, moments, program.abstract.params
+        )
+    )
+
+
+def test_accumulation_averages_the_parts():
+    """Two groups one after the other give the mean of their gradients, as one batch would."""
+    config = tiny_config("stage1")
+    config.distill.mask_choice = "topk"  # no draw: the parts then see what the whole sees
+    config.data.update(view_area=(1.0, 1.0), view_aspect=(1.0, 1.0), flip=False, canvas=(24, 24))
+    batch = random_batch(
+        groups=2, group_size=4, frames=4, canvas=(24, 24), text_length=8, vocab_size=320
+    )
+    batch["extent"][:] = 1.0  # a square picture: the one allowed view is the whole of it
+    whole, whole_history = run_steps(config, 1, 1, batch=batch)
+    config.optimizer.accumulate = 2
+    parts, parts_history = run_steps(config, 1, 1, batch=batch)
+    assert parts_history[0]["loss"] == pytest.approx(whole_history[0]["loss"], rel=1e-5)
+    assert_close(whole.opt_state, parts.opt_state, 1e-6)
+
+
+def test_randomness_depends_on_seed_and_step_alone():
+    config = tiny_config("stage1")
+    _, first = run_steps(config, 1, 2)
+    _, again = run_steps(config, 1, 2)
+    config.seed = 1
+    _, other = run_steps(config, 1, 2)
+    assert first == again
+    assert first[0]["loss"] != other[0]["loss"]
+
+
+def test_invalid_samples_carry_no_weight():
+    config = tiny_config("stage1")
+    shape = {"groups": 2, "group_size": 4, "frames": 4, "canvas": (24, 32)}
+    kwargs = shape | {"text_length": 8, "vocab_size": 320}
+    batch, noisy = random_batch(**kwargs), random_batch(**kwargs)
+    for one in (batch, noisy):
+        one["sample_valid"][:, 2:] = False
+    batch["frames"][:, 2:] = 0
+    a, _ = run_steps(config, 1, 1, batch=batch)
+    b, _ = run_steps(config, 1, 1, batch=noisy)
+    assert_close(a.params, b.params, 0)
+
+
+def test_batch_shape_and_its_error():
+    config = tiny_config("stage1")
+    mesh = sharding.make_mesh(config.mesh)
+    assert batch_shape(config, mesh) == (8, 1)
+    config.data.batch_size = 12
+    with pytest.raises(UserError, match="choose a multiple of 8"):
+        batch_shape(config, mesh)
+    config.data.update(batch_size=32, group_size=2)
+    assert batch_shape(config, mesh) == (16, 2)
+
+
+def test_mesh_errors_name_the_fix():
+    with pytest.raises(UserError, match="there are 8; set one axis to -1"):
+        sharding.make_mesh(ConfigDict({"replica": 1, "fsdp": 3, "tensor": 1}))
+    config = tiny_config("stage1")
+    config.mesh.update(fsdp=1, tensor=8)
+    config.vision.update(width=36, heads=2, mlp_ratio=1.0)
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh), pytest.raises(UserError, match=r"choose a config\.mesh\.tensor"):
+        build_program(config, mesh)
+
+
+def test_kind_schedule_is_even_and_a_function_of_the_step():
+    config = tiny_config("stage1")
+    config.data.update(videos="a:train", images="b:train", image_fraction=0.3)
+    kinds = [kind_of_step(config, step) for step in range(1000)]
+    assert kinds.count(Kind.IMAGE) == 300
+    runs = "".join("i" if kind is Kind.IMAGE else "v" for kind in kinds).split("i")
+    assert max(map(len, runs)) <= 3
+    config.data.images = ""
+    assert {kind_of_step(config, step) for step in range(50)} == {Kind.VIDEO}
+
+
+class Encoder(nnx.Module):
+    def __init__(self):
+        self.patch_embedding = nnx.Param(jnp.ones((3, 2)), logical_axes=("patch", "embed"))
+        self.blocks = nnx.Dict(
+            kernel=nnx.Param(jnp.ones((4, 2, 2)), logical_axes=("embed", "mlp")),
+            bias=nnx.Param(jnp.ones((4, 2)), logical_axes=("mlp",)),
+        )
+        self.norm = nnx.Param(jnp.ones(2), logical_axes=("embed",))
+        self.position_table = nnx.Param(jnp.ones((5, 2)), logical_axes=(None, "embed"))
+
+
+class Model(nnx.Module):
+    def __init__(self):
+        self.encoder = Encoder()
+        self.head = nnx.Param(jnp.ones((2, 3)), logical_axes=("embed", "proj"))
+        self.temperature = nnx.Param(jnp.float32(0.07), logical_axes=())
+
+
+def test_decay_spares_biases_norms_tables_and_temperatures():
+    decays = nnx.to_pure_dict(optimizer.decay_mask(nnx.state(Model())))
+    assert decays == {
+        "encoder": {
+            "patch_embedding": True,
+            "blocks": {"kernel": True, "bias": False},
+            "norm": False,
+            "position_table": False,
+        },
+        "head": True,
+        "temperature": False,
+    }
+
+
+def test_layer_decay_falls_towards_the_input():
+    scales = nnx.to_pure_dict(optimizer.layer_scales(nnx.state(Model()), 0.5))
+    blocks = scales["encoder"]["blocks"]
+    np.testing.assert_allclose(blocks["kernel"].ravel(), [0.0625, 0.125, 0.25, 0.5])
+    np.testing.assert_allclose(blocks["bias"].ravel(), [0.0625, 0.125, 0.25, 0.5])
+    assert scales["encoder"]["patch_embedding"] == scales["encoder"]["position_table"] == 0.5**5
+    assert scales["encoder"]["norm"] == scales["head"] == scales["temperature"] == 1.0
+
+
+def test_adamw_equals_torch():
+    config = tiny_config("stage1")
+    config.steps, config.data.batch_size = 10, 8
+    config.optimizer.update(warmup_steps=3, reference_batch=4, clip_norm=0.5)
+    rng = np.random.default_rng(0)
+    kernel, bias = rng.normal(size=(3, 4)), rng.normal(size=4)
+    grads = [(rng.normal(size=(3, 4)), rng.normal(size=4)) for _ in range(10)]
+    schedule = optimizer.learning_rate_schedule(config)
+
+    params = nnx.State(
+        {
+            "kernel": nnx.Param(jnp.asarray(kernel, jnp.float32), logical_axes=("embed", "mlp")),
+            "bias": nnx.Param(jnp.asarray(bias, jnp.float32), logical_axes=("mlp",)),
+        }
+    )
+    tx = optimizer.make_optimizer(config)
+    state = tx.init(params)
+    w = torch.nn.Parameter(torch.tensor(kernel))
+    b = torch.nn.Parameter(torch.tensor(bias))
+    c = config.optimizer
+    reference = torch.optim.AdamW(
+        [
+            {"params": [w], "weight_decay": c.weight_decay},
+            {"params": [b], "weight_decay": 0.0},
+        ],
+        betas=tuple(c.betas),
+        eps=c.epsilon,
+    )
+    for step, (gw, gb) in enumerate(grads):
+        grad = jax.tree.map(jnp.zeros_like, params)
+        grad["kernel"][...] = jnp.asarray(gw, jnp.float32)
+        grad["bias"][...] = jnp.asarray(gb, jnp.float32)
+        updates, state = tx.update(grad, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        w.grad, b.grad = torch.tensor(gw), torch.tensor(gb)
+        torch.nn.utils.clip_grad_norm_([w, b], 0.5)
+        for group in reference.param_groups:
+            group["lr"] = float(schedule(step))
+        reference.step()
+    np.testing.assert_allclose(params["kernel"][...], w.detach().numpy(), atol=2e-6)
+    np.testing.assert_allclose(params["bias"][...], b.detach().numpy(), atol=2e-6)
+
+
+def test_schedule_scales_with_the_batch():
+    config = tiny_config("stage1")
+    config.steps = 100
+    config.data.batch_size = 512
+    config.optimizer.update(
+        learning_rate=1.0, min_learning_rate=0.1, warmup_steps=10, reference_batch=256
+    )
+    schedule = optimizer.learning_rate_schedule(config)
+    assert [float(schedule(s)) for s in (0, 5, 10, 100)] == pytest.approx([0, 1, 2, 0.2])
+
+
+def test_flops_of_scans_and_remat_are_exact():
+    weights = jnp.ones((6, 8, 8))
+
+    def forward(x, weights):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0].sum()
+
+    one = 2 * 4 * 8 * 8
+    x = jnp.ones((4, 8))
+    assert flops.count_flops(forward, x, weights) == 6 * one
+    # backward: one product for the input, one for the weight of each layer
+    assert flops.count_flops(jax.jit(jax.grad(forward, (0, 1))), x, weights) == 3 * 6 * one
+
+    def branch(x):
+        return jax.lax.cond(x.sum() > 0, lambda x: x @ weights[0], lambda x: x, x)
+
+    assert flops.count_flops(branch, x) == one
+
+
+def test_model_flops_of_the_student_by_hand():
+    config = tiny_config("stage1")
+    config.update_from_flattened_dict({"compute.remat": "all"})
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    from instap_jax.models.vision import VisionEncoder
+
+    with jax.set_mesh(mesh):
+        encoder = nnx.eval_shape(
+            lambda: VisionEncoder(config.vision, dtype=jnp.float32, remat="all", rngs=nnx.Rngs(0))
+        )
+        graphdef, params = nnx.split(encoder)
+        video = jax.ShapeDtypeStruct((2, 4, 16, 16, 3), jnp.float32)
+        count = flops.count_flops(lambda p, v: nnx.merge(graphdef, p)(v).tokens, params, video)
+    d, n, hidden, patch = 32, 4 * 16, 64, 4 * 4 * 3
+    block = 4 * n * d * d + 2 * n * n * d + 2 * n * d * hidden
+    assert count == 2 * 2 * (n * patch * d + 2 * block)
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+        ("TPU v5", 459e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("cpu", None),
+    ],
+)
+def test_peak_of_known_chips(kind, peak):
+    class Device:
+        device_kind = kind
+
+    assert flops.peak_flops(Device()) == peak
