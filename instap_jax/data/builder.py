@@ -157,7 +157,12 @@ def _write_all(
             task, reports[task.report] = item
             rejected += len(reports[task.report]["rejects"])
     if rejected > limit:
-        raise _too_many(_all_rejects(reports.values(), index), index.total, max_reject_rate)
+        raise _too_many(
+            _all_rejects(reports.values(), index),
+            total=index.total,
+            rate=max_reject_rate,
+            complete=len(reports) == len(tasks),
+        )
     return [reports[task.report] for task in tasks]
 
 
@@ -181,12 +186,14 @@ def _read_json(path: str) -> dict[str, Any] | None:
 # --- rejects -------------------------------------------------------------------------------------
 
 
-def _too_many(rejects: list[dict[str, Any]], total: int, rate: float) -> TooManyRejects:
+def _too_many(
+    rejects: list[dict[str, Any]], *, total: int, rate: float, complete: bool
+) -> TooManyRejects:
     first = rejects[0]
     return TooManyRejects(
-        f"{len(rejects)} of {total} samples rejected, more than --max_reject_rate={rate:g} allows; "
-        f"first: line {first['line']}, id {first['id']!r}: {first['reason']}; nothing was kept; "
-        "`instap validate` lists every fault",
+        f"{len(rejects)} of {total} samples rejected{'' if complete else ' so far'}, more than "
+        f"--max_reject_rate={rate:g} allows; first: line {first['line']}, id {first['id']!r}: "
+        f"{first['reason']}; nothing was kept; `instap validate` lists every fault",
         rejects,
     )
 

@@ -24,6 +24,8 @@ from instap_jax.types import Kind, Record, Sample
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _MAX_RECORD_BYTES = 1 << 30  # a protocol buffer ends at 2 GiB; a loader holds many records
 
+_HELD_FRAMES = 512  # decoded frames of a clip held at once: 180 MB at 256x456
+
 
 class Reject(Exception):
     """One sample cannot be packed; the text is the reason."""
@@ -144,12 +146,8 @@ def _encode(
         # that a clip is damaged.
         last = media.read_frames(data, index[-1:])[0]
         return [data], last.shape[:2]
-    if kind is Kind.IMAGE:
-        frames = iter([media.read_image(path, options.short_side)])
-    else:
-        frames = iter(media.read_frames(path, index, options.short_side))
     files, size, total = [], (0, 0), 0
-    for frame in frames:
+    for frame in _frames(path, kind, index, options.short_side):
         files.append(media.encode_jpeg(frame, options.quality))
         size = frame.shape[:2]
         total += len(files[-1])
@@ -158,6 +156,22 @@ def _encode(
                 f"frames take more than {_MAX_RECORD_BYTES >> 20} MiB; lower the rate or cut it"
             )
     return files, size
+
+
+def _frames(path: Path, kind: Kind, index: np.ndarray, short_side: int) -> Iterator[np.ndarray]:
+    if kind is Kind.IMAGE:
+        yield media.read_image(path, short_side)
+    elif len(index) <= _HELD_FRAMES:
+        yield from media.read_frames(path, index, short_side)
+    else:  # one frame in memory at a time; slower, as it converts those between the wanted ones
+        wanted = iter([*index.tolist(), -1])
+        following = next(wanted)
+        for number, frame in enumerate(media.iterate_frames(path, short_side)):
+            if number == following:
+                yield frame
+                following = next(wanted)
+        if following >= 0:
+            raise media.MediaError(f"truncated: frame {following} is past the end")
 
 
 def write_shard(task: Task, tick: Callable[[int], None]) -> dict[str, Any]:

@@ -21,32 +21,33 @@ class _Stopped(Exception):
 
 
 class _Link:
-    """What the main process and its workers share.
+    """Memory that the main process and its workers share.
+
+    Without locks, because a worker may be killed while it holds one. Every cell has one writer.
 
     Attributes:
-      stop: set when the workers are to stop before their next sample.
-      begun: samples taken up so far.
-      lines: per worker, the annotation line it is working on; 0: none.
+      stop: [1], not 0 when the workers are to stop before their next sample.
+      begun: per worker, samples taken up so far.
+      lines: per worker, the annotation line that it is working on; 0: none.
     """
 
     def __init__(self, context, workers: int):
-        self.stop = context.Event()
-        self.begun = context.Value("q", 0)
-        self.lines = context.Array("q", workers)
-        self._started = context.Value("i", 0)
+        self.stop = context.RawArray("b", 1)
+        self.begun = context.RawArray("q", workers)
+        self.lines = context.RawArray("q", workers)
+        self._entered = context.Value("i", 0)  # its lock is held only while a worker starts
 
     def enter(self) -> None:
         """Called in a worker before its first task."""
-        with self._started:
-            self._slot = self._started.value
-            self._started.value += 1
+        with self._entered:
+            self._worker = self._entered.value
+            self._entered.value += 1
 
     def tick(self, line: int) -> None:
         """Called in a worker before every sample, and with line 0 after a shard."""
-        self.lines[self._slot] = line
-        with self.begun:
-            self.begun.value += bool(line)
-        if self.stop.is_set():
+        self.lines[self._worker] = line
+        self.begun[self._worker] += bool(line)
+        if self.stop[0]:
             raise _Stopped
 
 
@@ -74,7 +75,7 @@ def write_shards(
         shown = 0
         while pending:
             finished, _ = futures.wait(pending, 0.2, futures.FIRST_COMPLETED)
-            begun = link.begun.value
+            begun = sum(link.begun)
             progress.update(begun - shown)
             shown = begun
             for future in finished:
@@ -86,7 +87,7 @@ def write_shards(
             + (f"; annotation lines being packed: {lines}" if lines else "")
         ) from error
     finally:
-        link.stop.set()
+        link.stop[0] = 1
         pool.shutdown(wait=True, cancel_futures=True)
 
 
