@@ -4,7 +4,6 @@ import functools
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -161,8 +160,9 @@ def write_previews(
     if not root.is_dir():
         raise UserError(f"media root {root} is not a directory")
     chosen = _choose(annotations, count, split)
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
+    out = out.absolute()
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    aside.mkdir(parents=True)
     try:
         written = 0
         for sample in chosen:
@@ -176,7 +176,6 @@ def write_previews(
                 written += 1
         if not written:
             raise UserError(f"none of the {len(chosen)} samples chosen could be drawn")
-        aside.chmod(0o755)  # mkdtemp's is private
         os.replace(aside, out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
