@@ -1,0 +1,387 @@
+"""The grain pipeline: packed corpora -> endless, resumable, shardable stream of `types.Batch`.
+
+One stream of samples is defined by the configuration alone: every corpus reshuffled each epoch,
+repeated, and mixed by weight. Batch k is the samples [k * g * b, (k + 1) * g * b) of that stream,
+cut into g groups. A host takes its consecutive g / host_count groups, so that the global batch is
+the same, bit for bit, on any number of hosts and workers, and the position is one integer.
+
+grain's `ElasticIterator` promises the same, but it stacks finished elements into a batch (a second
+copy of all pixels), hands groups to hosts in turn (so that their order in the global batch depends
+on the number of hosts) and has no hook for starting workers. Slicing the stream before anything is
+decoded needs none of that.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+from multiprocessing import connection, resource_tracker
+from typing import Any
+
+import grain
+import grain.experimental
+import numpy as np
+from ml_collections import ConfigDict
+
+from instap_jax.data.groups import GroupBuilder, GroupRef, SampleRef, Use
+from instap_jax.data.records import CorruptRecordError, RecordSource, open_source
+from instap_jax.data.tokenizer import Tokenizer, check_vocab_size, load_tokenizer
+from instap_jax.errors import UserError
+from instap_jax.types import Batch, Fault, Kind
+
+# Stages whose loss reads no text: they run without a tokenizer.
+_STAGES_WITHOUT_TEXT = ("distill",)
+_SHUFFLE = 2  # tag of the random stream; `groups` has the others
+_SHARED_MEMORY = "/dev/shm"
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """One packed corpus of a mixture; `weight` is relative to the others of its kind."""
+
+    directory: str
+    split: str
+    weight: float = 1.0
+
+
+def parse_corpora(text: str) -> tuple[Corpus, ...]:
+    """Parses 'DIR:SPLIT=WEIGHT,DIR2:SPLIT'; '' gives ().
+
+    Raises:
+      UserError: naming the part that is not of this form.
+    """
+    return tuple(_parse_corpus(part.strip(), text) for part in text.split(",") if text.strip())
+
+
+def _parse_corpus(part: str, text: str) -> Corpus:
+    # The last colon: DIR may be an address such as gs://bucket/dir.
+    match = re.fullmatch(r"(?P<dir>.+):(?P<split>[A-Za-z0-9_-]+)(?:=(?P<weight>[^=]*))?", part)
+    if match is None:
+        raise UserError(f"corpus {part!r} of {text!r} does not look like DIR:SPLIT or DIR:SPLIT=2")
+    try:
+        weight = float(match["weight"] if match["weight"] is not None else 1)
+    except ValueError:
+        weight = math.nan
+    if not (0 < weight < math.inf):
+        raise UserError(f"corpus {part!r}: weight {match['weight']!r} is not a positive number")
+    return Corpus(match["dir"], match["split"].replace("-", "_"), weight)
+
+
+def make_loader(
+    config: ConfigDict,
+    *,
+    kind: Kind,
+    groups: int,
+    group_size: int,
+    host_index: int,
+    host_count: int,
+) -> "Loader":
+    """Opens the corpora of `config.data` of one kind and returns their loader.
+
+    Args:
+      config: the resolved configuration.
+      groups: g of the global batch, a multiple of host_count.
+      group_size: b, samples of a group.
+
+    Raises:
+      UserError: no corpus of this kind, one cannot be opened or is empty, no tokenizer.
+    """
+    data, key = config.data, "videos" if kind is Kind.VIDEO else "images"
+    corpora = parse_corpora(data[key])
+    if not corpora:
+        raise UserError(f"data.{key} names no corpus; set it to DIR:SPLIT of packed data")
+    if groups % host_count:
+        raise UserError(f"{groups} groups cannot be divided among {host_count} hosts")
+    sources = [open_source(c.directory, c.split, kind) for c in corpora]
+    for corpus, source in zip(corpora, sources):
+        if not len(source):
+            raise UserError(f"{corpus.directory}:{corpus.split} has no {kind} samples")
+    builder = GroupBuilder(
+        sources=sources,
+        tokenizer=_tokenizer(config),
+        use=Use.TRAIN,
+        group_size=group_size,
+        frames=data.frames if kind is Kind.VIDEO else 1,
+        sampling=data.sampling,
+        canvas=tuple(data.canvas),
+        length=config.tokenizer.length,
+        budget=math.ceil(group_size * data.instances_per_sample),
+        seed=config.seed,
+    )
+    return Loader(
+        samples=_mixed_samples(corpora, [len(s) for s in sources], config.seed, data.shuffle),
+        builder=builder,
+        groups=groups,
+        host_index=host_index,
+        host_count=host_count,
+        workers=data.workers,
+        prefetch=data.prefetch,
+    )
+
+
+def _tokenizer(config: ConfigDict) -> Tokenizer | None:
+    if not config.tokenizer.path and config.stage in _STAGES_WITHOUT_TEXT:
+        return None
+    tokenizer = load_tokenizer(config.tokenizer)
+    check_vocab_size(tokenizer, config.text.vocab_size)
+    return tokenizer
+
+
+def _mixed_samples(
+    corpora: Sequence[Corpus], lengths: Sequence[int], seed: int, shuffle: bool
+) -> grain.MapDataset:
+    """Returns the endless stream of `SampleRef`s; nothing is read yet.
+
+    `mix` asks corpus c for its turns 0, 1, 2, ... in order, however the others are weighted, so
+    that a corpus has its own epochs: turn // length.
+    """
+    streams = []
+    for index, length in enumerate(lengths):
+        stream = grain.MapDataset.range(length)
+        if shuffle:
+            words = np.random.SeedSequence([seed, _SHUFFLE, index]).generate_state(1)
+            stream = stream.shuffle(seed=int(words[0]))  # grain adds the epoch to it
+        stream = stream.repeat()
+        streams.append(stream.map_with_index(functools.partial(_refer, index, length)))
+    return grain.MapDataset.mix(streams, [corpus.weight for corpus in corpora])
+
+
+def _refer(corpus: int, length: int, turn: int, record: int) -> SampleRef:
+    return SampleRef(corpus=corpus, record=int(record), epoch=turn // length, turn=turn)
+
+
+def _group(samples: Sequence[tuple[int, SampleRef]]) -> GroupRef:
+    return GroupRef(first=samples[0][0], samples=[ref for _, ref in samples])
+
+
+class Loader:
+    """Endless iterator over this host's part of every batch: g / host_count groups.
+
+    `get_state` is the position after the batch that was last returned; a loader with the same
+    configuration that is given it goes on with the next batch, whatever its number of hosts and
+    workers. Where the batch size differs too, it goes on with the next sample. Close it when done.
+    """
+
+    def __init__(
+        self,
+        *,
+        samples: grain.MapDataset,
+        builder: GroupBuilder,
+        groups: int,
+        host_index: int,
+        host_count: int,
+        workers: int,
+        prefetch: int,
+    ):
+        """Use `make_loader`. `samples` is the endless stream of `SampleRef`s."""
+        self._samples, self._builder = samples.map_with_index(lambda i, ref: (i, ref)), builder
+        self._groups, self._host_index, self._host_count = groups, host_index, host_count
+        self._workers, self._prefetch = workers, prefetch
+        self._next_sample = 0
+        self._iterator: grain.DatasetIterator | None = None
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> Batch:
+        """Returns the next batch, leading axis g / host_count."""
+        if self._iterator is None:
+            batch = _call_without_interrupts(self._first)
+        else:
+            batch = next(self._iterator)
+        self._next_sample += self._groups * self._builder.group_size
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the position as JSON-able values; the same on every host."""
+        return {"next_sample": self._next_sample}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a position that `get_state` gave."""
+        self.close()
+        self._next_sample = int(state["next_sample"])
+
+    def close(self) -> None:
+        """Stops the workers. The loader can go on afterwards: it starts new ones."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+    def sample_id(self, corpus: int, record: int) -> str:
+        """Returns the id of the sample that `Batch.corpus` and `Batch.record` name."""
+        return self._builder.sources[corpus].record_id(record)
+
+    def _first(self) -> Batch:
+        self._iterator = self._open()
+        return next(self._iterator)
+
+    def _open(self) -> grain.DatasetIterator:
+        per_host = self._groups // self._host_count
+        dataset = (
+            self._samples[self._next_sample :]
+            .batch(self._builder.group_size, drop_remainder=True, batch_fn=_group)
+            .batch(per_host, drop_remainder=True, batch_fn=list)[
+                self._host_index :: self._host_count
+            ]
+            .map(self._builder.build)
+        )
+        if not self._workers:
+            # One thread, so that the next batch is read while the step runs.
+            options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self._prefetch)
+            return iter(dataset.to_iter_dataset(options))
+        self._check_shared_memory(per_host)
+        reading = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+        # Only the pixels travel in shared memory; a file for every small array costs more.
+        options = grain.experimental.DatasetOptions(min_shm_size=1 << 16)
+        workers = grain.MultiprocessingOptions(
+            num_workers=self._workers, per_worker_buffer_size=max(1, self._prefetch)
+        )
+        dataset = grain.experimental.WithOptionsIterDataset(reading, options)
+        return iter(dataset.mp_prefetch(workers, worker_init_fn=_enter_worker))
+
+    def _check_shared_memory(self, per_host: int) -> None:
+        """Batches come from the workers through shared memory; a full one kills them unasked."""
+        if not os.path.isdir(_SHARED_MEMORY):
+            return
+        specs = self._builder.shapes(per_host).values()
+        batch = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in specs)
+        needed = batch * self._workers * (max(1, self._prefetch) + 1)
+        free = shutil.disk_usage(_SHARED_MEMORY).free
+        if needed > free:
+            raise UserError(
+                f"{self._workers} data workers with data.prefetch={self._prefetch} need "
+                f"{needed / 1e9:.1f} GB of {_SHARED_MEMORY}, which has {free / 1e9:.1f} GB free; "
+                "lower data.workers or data.prefetch, or mount it larger"
+            )
+
+
+def _call_without_interrupts(call):
+    """Runs `call` in a thread in which Ctrl-C is blocked, and waits for it.
+
+    Worker processes start inside the call and inherit the block: a Ctrl-C, which the terminal
+    sends to every process, is then answered by the main process alone, from the first moment on.
+    The main thread stays interruptible.
+    """
+    resource_tracker.ensure_running()  # else it would unblock the signal in our thread again
+    block = functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGINT})
+    thread = futures.ThreadPoolExecutor(1, initializer=block)
+    try:
+        return thread.submit(call).result()
+    finally:
+        thread.shutdown(wait=False)
+
+
+def _enter_worker(index: int, count: int) -> None:
+    """Runs in a worker process before anything else: it must not outlive the main process."""
+    del index, count
+
+    def watch() -> None:
+        connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class FaultMonitor:
+    """Counts the samples that could not be read, and stops a run that has too many of them."""
+
+    # Fewer samples than this never stop a run: one bad sample of the first batch is no rate.
+    MIN_SAMPLES = 200
+    SHOWN = 10  # ids in the message
+
+    def __init__(self, loader: Loader):
+        self._loader = loader
+        self._samples = 0
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._first: dict[tuple[int, int], str] = {}
+
+    def update(self, batch: Batch) -> None:
+        """Counts the faults of one batch of this host."""
+        self._samples += batch["fault"].size
+        for place in np.argwhere(batch["fault"]):
+            name = Fault(batch["fault"][*place]).name
+            self._counts[name] += 1
+            if len(self._first) < self.SHOWN:
+                sample = int(batch["corpus"][*place]), int(batch["record"][*place])
+                self._first.setdefault(sample, name)
+
+    def counts(self) -> dict[str, int]:
+        """Returns samples without data so far, by the name of their `Fault`."""
+        return dict(self._counts)
+
+    def check(self, max_rate: float) -> None:
+        """Raises UserError with counts and first ids where more than this share was unreadable.
+
+        Not before `MIN_SAMPLES` samples were seen.
+        """
+        total = self._counts.total()
+        if self._samples < self.MIN_SAMPLES or total <= max_rate * self._samples:
+            return
+        reasons = ", ".join(f"{name} {count}" for name, count in self._counts.most_common())
+        ids = ", ".join(
+            f"{self._loader.sample_id(*sample)} ({name})" for sample, name in self._first.items()
+        )
+        raise UserError(
+            f"{total} of {self._samples} samples could not be read, more than "
+            f"data.max_fault_rate={max_rate:g}: {reasons}; first: {ids}"
+        )
+
+
+def evaluation_groups(
+    config: ConfigDict,
+    directory: str,
+    split: str,
+    kind: Kind,
+    frames: int,
+    group_size: int,
+    host_index: int = 0,
+    host_count: int = 1,
+) -> Iterator[Batch]:
+    """Goes once through a split, in order; every batch has one group (g = 1) of static shape.
+
+    Frames are the middles of T = `frames` equal segments (1 for images), texts whole captions cut
+    to `tokenizer.length`, and every instance is there: n is the largest number that a group has.
+    An instance that no chosen frame shows is present in the one nearest to its appearance. Groups
+    go to the hosts in turn, each host yields equally many; what is missing at the end is padded
+    with samples of `sample_valid` False and `fault` 0. Reads every record twice: n comes first.
+
+    Raises:
+      UserError: the split cannot be opened, no tokenizer.
+    """
+    source = open_source(directory, split, kind)
+    per_step = group_size * host_count
+    steps = math.ceil(len(source) / per_step)
+    counts = np.zeros(steps * per_step, np.int64)
+    counts[: len(source)] = [_instances_of(source, record) for record in range(len(source))]
+    builder = GroupBuilder(
+        sources=[source],
+        tokenizer=_tokenizer(config),
+        use=Use.EVALUATE,
+        group_size=group_size,
+        frames=frames if kind is Kind.VIDEO else 1,
+        sampling="uniform",
+        canvas=tuple(config.data.canvas),
+        length=config.tokenizer.length,
+        budget=max(1, int(counts.reshape(-1, group_size).sum(axis=1).max(initial=0))),
+        seed=0,
+    )
+    for step in range(steps):
+        first = (step * host_count + host_index) * group_size
+        records = range(first, min(first + group_size, len(source)))
+        refs = [SampleRef(corpus=0, record=r, epoch=0, turn=r) for r in records]
+        yield builder.build([GroupRef(first=first, samples=refs)])
+
+
+def _instances_of(source: RecordSource, record: int) -> int:
+    try:
+        return len(source[record].instance_ids)
+    except CorruptRecordError:
+        return 0
