@@ -5,6 +5,7 @@ configuration changed. The page has no scripts and needs no other file.
 """
 
 import base64
+import dataclasses
 import datetime
 import io
 import json
@@ -25,15 +26,30 @@ from instap_jax.evaluation.report_runs import Run, facts, load_runs, scalar_name
 from instap_jax.types import Sample
 
 _PER_GROUP, _SHEETS = 2, 6  # samples drawn of every split and kind, and in all
-# Panels that every report shows, in this order: scalar -> (title, unit, axis from zero).
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Panel:
+    """How a logged scalar is drawn. `scale` turns it into `unit`."""
+
+    title: str
+    unit: str
+    from_zero: bool = False
+    smooth: bool = True
+    scale: float = 1.0
+
+
+# What every report shows, in this order.
 _PANELS = {
-    "loss": ("Loss", "loss", False),
-    "learning_rate": ("Learning rate", "learning rate", True),
-    "grad_norm": ("Gradient norm", "global L2 norm", False),
-    "param_norm": ("Parameter norm", "global L2 norm", False),
-    "examples_per_second": ("Throughput", "samples per second", True),
-    "data_wait_share": ("Data wait", "% of step time", True),
-    "mfu": ("Model FLOPs utilisation", "% of peak", True),
+    "loss": _Panel(title="Loss", unit="loss"),
+    "learning_rate": _Panel(
+        title="Learning rate", unit="learning rate", from_zero=True, smooth=False
+    ),
+    "grad_norm": _Panel(title="Gradient norm", unit="global L2 norm"),
+    "param_norm": _Panel(title="Parameter norm", unit="global L2 norm", smooth=False),
+    "examples_per_second": _Panel(title="Throughput", unit="samples per second", from_zero=True),
+    "data_wait_share": _Panel(title="Data wait", unit="% of step time", from_zero=True),
+    "mfu": _Panel(title="Model FLOPs utilisation", unit="% of peak", from_zero=True, scale=100),
 }
 # Shown in another form, or of no use as a curve.
 _NOT_CURVES = {"step", "time", "step_seconds", "data_wait_seconds", "compute_seconds"}
@@ -127,25 +143,30 @@ def _curves(runs: Sequence[Run]) -> Html:
         mine = [run for run in logged if run.stage == stage]
         parts += [tag("h3", f"Stage: {stage}"), _legend(mine)]
         parts.append(_panels(mine, _PANELS, stage))
-        others = {name: (name, name, False) for name in _other_names(mine)}
+        others = {name: _Panel(title=name, unit=name) for name in _other_names(mine)}
         if others:
             summary = tag("summary", f"{len(others)} more logged quantities")
             parts.append(tag("details", summary, _panels(mine, others, stage)))
     return join(*parts)
 
 
-def _panels(runs: Sequence[Run], panels: dict[str, tuple[str, str, bool]], stage: str) -> Html:
+def _panels(runs: Sequence[Run], panels: dict[str, _Panel], stage: str) -> Html:
     figures = []
-    for name, (title, unit, from_zero) in panels.items():
-        curves = [curve for run in runs if (curve := _curve(run, name))]
+    for name, panel in panels.items():
+        curves = [curve for run in runs if (curve := _curve(run, name, panel.scale))]
         if curves:
-            label = f"{title} over steps, stage {stage}"
-            plot = curve_plot(curves, unit=unit, label=label, from_zero=from_zero)
-            figures.append(tag("figure", tag("figcaption", title), plot))
+            plot = curve_plot(
+                curves,
+                unit=panel.unit,
+                label=f"{panel.title} over steps, stage {stage}",
+                from_zero=panel.from_zero,
+                smooth=panel.smooth,
+            )
+            figures.append(tag("figure", tag("figcaption", panel.title), plot))
     return tag("div", *figures, class_="panels")
 
 
-def _curve(run: Run, name: str) -> Curve | None:
+def _curve(run: Run, name: str, scale: float) -> Curve | None:
     steps, values = series(run, name)
     if name == "data_wait_share":
         steps, waited = series(run, "data_wait_seconds")
@@ -153,9 +174,7 @@ def _curve(run: Run, name: str) -> Curve | None:
         if len(total) != len(waited):
             return None
         values = 100 * waited / np.maximum(total, 1e-12)
-    if name == "mfu":
-        values = 100 * values
-    return Curve(slot=run.slot, steps=steps, values=values) if len(steps) else None
+    return Curve(slot=run.slot, steps=steps, values=scale * values) if len(steps) else None
 
 
 def _other_names(runs: Sequence[Run]) -> list[str]:

@@ -84,7 +84,7 @@ h1{font-size:27px;line-height:1.2;margin:0 0 4px;letter-spacing:-.015em}
 h2{font-size:19px;margin:46px 0 10px;padding-top:14px;border-top:2px solid var(--ink);
   letter-spacing:-.005em}
 h3{font-size:15px;margin:26px 0 2px}
-p{margin:6px 0 10px;max-width:78ch}
+p{margin:6px 0 10px;max-width:100ch}
 .lead,.note,.protocol{color:var(--muted)}
 .note,.protocol{font-size:13px}
 .protocol{margin:0 0 8px;max-width:none}
@@ -108,7 +108,7 @@ table.facts td{white-space:normal;min-width:150px}
 .pm{color:var(--muted);font-size:11.5px}
 .chance>*{color:var(--muted)}
 td b{font-weight:700}
-.panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,460px),1fr));gap:14px}
+.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,460px),1fr));gap:14px}
 figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:8px;
   padding:12px 12px 6px;break-inside:avoid}
 figcaption{font-size:13px;font-weight:600;margin:0 2px 4px}

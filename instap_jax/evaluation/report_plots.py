@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatterSciNotation, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from instap_jax.evaluation.report_html import SERIES, Html
 
@@ -46,30 +46,37 @@ class Dot:
     hollow: bool = False
 
 
-def curve_plot(curves: Sequence[Curve], *, unit: str, label: str, from_zero: bool = False) -> Html:
+def curve_plot(
+    curves: Sequence[Curve],
+    *,
+    unit: str,
+    label: str,
+    from_zero: bool = False,
+    smooth: bool = True,
+) -> Html:
     """Values over steps: thin as logged, heavy as a running mean. The axis picks its scale.
 
     Args:
       unit: text of the y axis.
       label: what the plot shows, for readers who cannot see it.
       from_zero: the y axis starts at zero (rates, shares).
+      smooth: draw the running mean of logs that are long enough; False for what has no noise.
     """
     figure, axes = _axes(5.4, 2.75)
     for curve in curves:
         style = "-" if curve.slot < SERIES else (0, (4, 1.5))
         color = _SLOTS[curve.slot % SERIES]
-        mean = running_mean(curve.values)
-        smooth = mean is not None
-        drawn = _decimated(curve.steps, curve.values)
+        mean = running_mean(curve.values) if smooth else None
         marker = "o" if len(curve.steps) == 1 else None
-        width, alpha = (0.7, 0.35) if smooth else (1.6, 1.0)
-        axes.plot(*drawn, style, color=color, lw=width, alpha=alpha, marker=marker, ms=3)
-        if smooth:
-            axes.plot(*_decimated(curve.steps, mean), style, color=color, lw=1.7)
+        width, alpha = (1.6, 1.0) if mean is None else (0.7, 0.35)
+        drawn = _decimated(curve.steps, curve.values)
+        axes.plot(*drawn, ls=style, color=color, lw=width, alpha=alpha, marker=marker, ms=3)
+        if mean is not None:
+            axes.plot(*_decimated(curve.steps, mean), ls=style, color=color, lw=1.7)
     values = np.concatenate([c.values[np.isfinite(c.values)] for c in curves] or [np.zeros(0)])
     axes.set_xlabel("step", color=_MUTED)
     axes.set_ylabel(unit, color=_MUTED)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10]))
     if (
         not from_zero
         and values.size
@@ -77,7 +84,10 @@ def curve_plot(curves: Sequence[Curve], *, unit: str, label: str, from_zero: boo
         and np.ptp(np.log(values)) > np.log(_LOG_SPAN)
     ):
         _logarithmic(axes, values)
-    elif from_zero:
+        return _svg(figure, label)
+    axes.ticklabel_format(axis="y", scilimits=(-3, 4), useMathText=True)
+    axes.yaxis.offsetText.set(color=_MUTED, size=8)
+    if from_zero:
         axes.set_ylim(0, 1.08 * values.max() if values.size and values.max() > 0 else 1)
     return _svg(figure, label)
 
@@ -113,8 +123,8 @@ def dot_plot(
 def running_mean(values: np.ndarray) -> np.ndarray | None:
     """Centred mean over 1/25 of the log (at least 5 lines); None for logs too short to smooth.
 
-    Values that are not finite are left out; at the ends the window shrinks on both sides alike,
-    so that a slope is not bent.
+    Values that are not finite are left out. Towards the ends the window shrinks on both sides
+    alike, so that a slope is not bent; where less than half of it is left there is no mean (NaN).
     """
     count = len(values)
     if count < 12:
@@ -127,7 +137,11 @@ def running_mean(values: np.ndarray) -> np.ndarray | None:
     reach = np.minimum(half, np.minimum(centre, count - 1 - centre))
     low, high = centre - reach, centre + reach + 1
     finite = number[high] - number[low]
-    return np.where(finite > 0, (total[high] - total[low]) / np.maximum(finite, 1), np.nan)
+    return np.where(
+        (finite > 0) & (2 * reach >= half),
+        (total[high] - total[low]) / np.maximum(finite, 1),
+        np.nan,
+    )
 
 
 def _decimated(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -160,12 +174,12 @@ def _axes(width: float, height: float):
 
 def _logarithmic(axes, values: np.ndarray) -> None:
     axes.set_yscale("log")
-    axes.yaxis.set_minor_formatter(
-        # Less than two decades hold too few labelled powers of ten to read values off.
-        LogFormatterSciNotation(minor_thresholds=(2, 0.5))
-        if np.ptp(np.log10(values)) < 2
-        else NullFormatter()
-    )
+    low, high = values.min(), values.max()
+    if high / low < 1000:  # powers of ten alone would be too few to read values off
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    if low >= 1e-4 and high < 1e5:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_ylabel(f"{axes.get_ylabel()} (log)", color=_MUTED)
 
 

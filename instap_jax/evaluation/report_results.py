@@ -35,10 +35,14 @@ class _Entry:
 
 def results_sections(runs: Sequence[Run]) -> Html:
     """A section per task that any of the runs was measured on."""
-    tasks = dict.fromkeys(task for run in runs for task in run.results)
+    found = sorted({task for run in runs for task in run.results})
+    tasks = [
+        *(task for task in _SECTIONS if task in found),
+        *(t for t in found if t not in _SECTIONS),
+    ]
     sections = [_SECTIONS.get(task, _any_section)(task, _groups(runs, task)) for task in tasks]
     if not sections:
-        text = "None of these runs has results: run `instap evaluate --workdir=DIR` first."
+        text = "None of these runs has results: run instap evaluate first."
         sections = [join(tag("h2", "Results"), note(text))]
     return join(*sections)
 
@@ -147,13 +151,13 @@ def _probe_section(task: str, groups: Sequence[Sequence[_Entry]]) -> Html:
         note(
             "Percent of test entities named correctly, with the 95 % Wilson interval (entities of "
             "one scene are not independent: read it as a lower bound of the uncertainty). Grey "
-            "tick and last column: always naming the most frequent training class. Hollow: "
+            "tick and last row: always naming the most frequent training class. Hollow: "
             "untrained weights. Nothing is tuned on the test split."
         ),
     ]
+    parts.append(tag("div", *(_probe_plot(group) for group in groups), class_="panels"))
     for group in groups:
-        parts += [_heading(group), tag("div", _probe_plot(group), class_="panels")]
-        parts.append(_probe_table(group))
+        parts += [_heading(group), _probe_table(group)]
     return join(*parts)
 
 
@@ -190,19 +194,29 @@ def _probe_plot(group: Sequence[_Entry]) -> Html:
         unit="accuracy, %",
         label=f"Probe accuracy by attribute, {protocol.suite}, {protocol.scoring}",
     )
-    return tag("figure", tag("figcaption", "Accuracy ", tag("span", f"· {protocol.scoring}")), plot)
+    detail = tag("span", f"· {protocol.suite} · {protocol.scoring}")
+    return tag("figure", tag("figcaption", "Accuracy ", detail), plot)
 
 
 def _probe_table(group: Sequence[_Entry]) -> Html:
-    header = ["attribute", *(entry.head for entry in group), "chance", "classes"]
+    attributes = _attributes(group)
+    best = {
+        name: max(
+            entry.measurement.metrics[name]["accuracy"]
+            for entry in group
+            if name in entry.measurement.metrics
+        )
+        for name in attributes
+    }
     rows = []
-    for attribute in _attributes(group):
-        found = [entry.measurement.metrics.get(attribute) for entry in group]
-        best = max(one["accuracy"] for one in found if one)
-        cells = [_probe_cell(one, best if len(group) > 1 else None) for one in found]
-        classes = next(one["classes"] for one in found if one)
-        rows.append([attribute, *cells, f"{_chance_of(group, attribute):.1f}", str(classes)])
-    return table(header, rows)
+    for entry in group:
+        cells = []
+        for name in attributes:
+            one = entry.measurement.metrics.get(name)
+            cells.append(_probe_cell(one, best[name] if len(group) > 1 else None))
+        rows.append([entry.head, *cells])
+    chance = [f"{_chance_of(group, name):.1f}" for name in attributes]
+    return table(["run", *attributes], [*rows, ["majority class", *chance]])
 
 
 def _probe_cell(one: Mapping | None, best: float | None) -> str:

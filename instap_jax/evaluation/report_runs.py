@@ -112,7 +112,7 @@ def _load(path: Path, name: str, slot: int) -> Run:
     if dropped:
         missing.append(f"{METRICS}: {dropped} unreadable lines at its end were left out.")
     if not results:
-        missing.append(f"{DIRECTORY}/ holds no results: `instap evaluate` has not been run.")
+        missing.append(f"{DIRECTORY}/ holds no results: instap evaluate has not been run.")
     return Run(
         name=name,
         slot=slot,
