@@ -63,17 +63,21 @@ def probe(path: Path, kind: Kind) -> MediaInfo:
             if image.getexif().get(0x0112, 1) >= 5:  # orientations 5-8 swap the sides
                 height, width = width, height
             return MediaInfo(1, 0.0, height, width)
-    with _reasons(), _open_clip(path) as (container, stream):
-        frames, first = _count_packets(container, stream)
-        if first is None or not frames:
+    with _reasons(), _open_clip(path) as clip:
+        first = None
+        for packet in clip.packets():
+            first = first or next(iter(packet.decode()), None)
+        clip.check_whole(clip.shown)
+        first = first or next(iter(clip.stream.codec_context.decode(None)), None)
+        if first is None or not clip.shown:
             raise MediaError("no frame can be decoded")
         height, width = first.height, first.width
         if first.rotation % 180:
             height, width = width, height
-        rate = stream.average_rate or stream.guessed_rate or stream.base_rate
+        rate = clip.stream.average_rate or clip.stream.guessed_rate or clip.stream.base_rate
         if not rate:
             raise MediaError("the header has no frame rate")
-        return MediaInfo(frames, float(rate), height, width)
+        return MediaInfo(clip.shown, float(rate), height, width)
 
 
 def read_frames(
@@ -98,9 +102,9 @@ def read_frames(
     found: list[np.ndarray] = []
     if not wanted:
         return found
-    with _reasons(), _open_clip(media) as (container, stream):
+    with _reasons(), _open_clip(media) as clip:
         index = -1
-        for index, frame in enumerate(_decode(container, stream)):
+        for index, frame in enumerate(clip.frames()):
             if wanted[len(found)] > index:
                 continue
             array = _to_array(frame, short_side)
@@ -108,7 +112,8 @@ def read_frames(
                 found.append(array)
             if len(found) == len(wanted):
                 return found
-        raise MediaError(_past_the_end(wanted[len(found)], index + 1, stream.frames))
+        last = wanted[len(found)]
+        raise MediaError(f"frame {last} is past the end: the clip has {index + 1} frames")
 
 
 def iterate_frames(path: Path, short_side: int | None = None) -> Iterator[np.ndarray]:
@@ -117,8 +122,8 @@ def iterate_frames(path: Path, short_side: int | None = None) -> Iterator[np.nda
     Raises:
       MediaError: as the frames are reached.
     """
-    with _reasons(), _open_clip(path) as (container, stream):
-        for frame in _decode(container, stream):
+    with _reasons(), _open_clip(path) as clip:
+        for frame in clip.frames():
             yield _to_array(frame, short_side)
 
 
@@ -132,8 +137,8 @@ def verify(path: Path, kind: Kind) -> MediaInfo:
     if kind is Kind.IMAGE:
         read_image(path)
         return info
-    with _reasons(), _open_clip(path) as (container, stream):
-        decoded = sum(1 for _ in _decode(container, stream))
+    with _reasons(), _open_clip(path) as clip:
+        decoded = sum(1 for _ in clip.frames())
     if decoded != info.frames:
         raise MediaError(f"damaged: the file holds {info.frames} frames, {decoded} decode")
     return info
@@ -150,15 +155,15 @@ def read_image(media: Path | bytes, short_side: int | None = None) -> np.ndarray
       MediaError: missing, not an image, truncated, or larger than the limits.
     """
     with _reasons(), _open_still(media) as image:
+        size = image.size
         if short_side is not None:
-            # Lets the JPEG decoder skip detail that would be thrown away; never below the target.
-            image.draft(None, _scaled(image.width, image.height, short_side))
-        image = ImageOps.exif_transpose(image).convert("RGB")
-        if short_side is not None:
-            size = _scaled(image.width, image.height, short_side)
-            if size != image.size:
-                image = image.resize(size, Image.Resampling.BICUBIC)
-        return np.array(image)
+            size = _scaled(*size, short_side)
+            # Lets the JPEG decoder skip detail that would be thrown away; never below `size`.
+            image.draft(None, size)
+        image = image.convert("RGB")
+        if image.size != size:
+            image = image.resize(size, Image.Resampling.BICUBIC)
+        return np.array(ImageOps.exif_transpose(image))
 
 
 def encode_jpeg(frame: np.ndarray, quality: int = 90) -> bytes:
@@ -211,9 +216,60 @@ def _reasons() -> Iterator[None]:
         raise MediaError(f"{what}: {' '.join(text.split())[:120]}") from error
 
 
+class _Clip:
+    """An open clip, read once from its beginning, that knows whether its end was cut off."""
+
+    def __init__(self, container, stream):
+        self._container, self.stream = container, stream
+        self.shown = 0  # frames that the packets read so far promise
+        self._cut = False
+
+    def packets(self) -> Iterator[av.Packet]:
+        """Yields the packets of the video stream, up to where the file was cut off."""
+        read = end = 0
+        for packet in self._container.demux():
+            end = max(end, (packet.pos or 0) + packet.size)
+            if packet.is_corrupt:
+                self._cut = True
+                return
+            if packet.stream is not self.stream or not packet.size:
+                continue
+            read += 1
+            self.shown += not packet.is_discard
+            if self.shown > MAX_FRAMES:
+                raise MediaError(f"more than {MAX_FRAMES} frames")
+            yield packet
+        # Fewer packets than the header says is also what an edit list that drops the end looks
+        # like; but then the dropped ones still lie in the file, behind the last one read.
+        self._cut = read < self.stream.frames and end >= (self._container.size or 0)
+
+    def frames(self) -> Iterator[av.VideoFrame]:
+        """Yields the frames in presentation order.
+
+        Raises:
+          MediaError: after the last frame that can be had, if more should follow.
+        """
+        count, size = 0, None
+        for packet in itertools.chain(self.packets(), [None]):  # None: what is still inside
+            for frame in self.stream.codec_context.decode(packet):
+                size = size or (frame.width, frame.height)
+                if (frame.width, frame.height) != size:
+                    raise MediaError("the frame size changes within the clip")
+                if frame.is_corrupt:
+                    raise MediaError("damaged: a frame lacks the frames it refers to")
+                count += 1
+                yield frame
+        self.check_whole(count)
+
+    def check_whole(self, count: int) -> None:
+        """Raises MediaError if the file was cut off, having given `count` frames."""
+        if self._cut:
+            raise MediaError(f"truncated: header says {self.stream.frames} frames, {count} decode")
+
+
 @contextlib.contextmanager
-def _open_clip(media: Path | bytes) -> Iterator[tuple]:
-    """Yields (container, video stream) of a clip, single-threaded, its size within the limits."""
+def _open_clip(media: Path | bytes) -> Iterator[_Clip]:
+    """Opens a clip for one thread, its size within the limits."""
     if isinstance(media, Path) and not media.is_file():
         raise MediaError("not a file" if media.exists() else "no such file")
     # 'file:' keeps a path such as 'concat:a|b' from being read as an address.
@@ -234,7 +290,7 @@ def _open_clip(media: Path | bytes) -> Iterator[tuple]:
             raise MediaError(f"{stream.frames} frames, more than {MAX_FRAMES}")
         # One thread: the workers around us already use every core, one clip each.
         stream.codec_context.thread_count = 1
-        yield container, stream
+        yield _Clip(container, stream)
 
 
 def _open_still(media: Path | bytes, formats: Sequence[str] = _STILLS) -> Image.Image:
@@ -248,46 +304,6 @@ def _open_still(media: Path | bytes, formats: Sequence[str] = _STILLS) -> Image.
 def _check_size(height: int, width: int) -> None:
     if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE) or height * width > MAX_PIXELS:
         raise MediaError(f"frame size {width}x{height} is beyond {MAX_SIDE} a side or 100 Mpix")
-
-
-def _count_packets(container, stream) -> tuple[int, av.VideoFrame | None]:
-    """Returns the number of frames that the packets promise, and the first one decoded."""
-    shown = read = end = 0
-    first = None
-    for packet in container.demux():
-        end = max(end, (packet.pos or 0) + packet.size)
-        if packet.is_corrupt:
-            raise MediaError(_truncated(stream.frames, shown))
-        if packet.stream is not stream:
-            continue
-        if packet.size:
-            read += 1
-            shown += not packet.is_discard
-            if shown > MAX_FRAMES:
-                raise MediaError(f"more than {MAX_FRAMES} frames")
-        if first is None:
-            first = next(iter(packet.decode()), None)
-    # Fewer packets than the header says is also what an edit list that drops the end looks like;
-    # but then the dropped packets still lie in the file, behind the last one read.
-    if read < stream.frames and end >= (container.size or 0):
-        raise MediaError(_truncated(stream.frames, shown))
-    return shown, first
-
-
-def _decode(container, stream) -> Iterator[av.VideoFrame]:
-    """Yields the frames up to the end, or up to where the file was cut off."""
-    size = None
-    for packet in container.demux(stream):
-        cut = packet.is_corrupt
-        for frame in stream.codec_context.decode(None) if cut else packet.decode():
-            size = size or (frame.width, frame.height)
-            if (frame.width, frame.height) != size:
-                raise MediaError("the frame size changes within the clip")
-            if frame.is_corrupt:
-                raise MediaError("damaged: a frame lacks the frames it refers to")
-            yield frame
-        if cut:
-            return
 
 
 def _to_array(frame: av.VideoFrame, short_side: int | None) -> np.ndarray:
@@ -304,13 +320,3 @@ def _scaled(width: int, height: int, short_side: int) -> tuple[int, int]:
     """(width, height) with the shorter side at most `short_side`, the aspect kept."""
     scale = min(1.0, short_side / min(width, height))
     return max(1, round(width * scale)), max(1, round(height * scale))
-
-
-def _truncated(header: int, decoded: int) -> str:
-    return f"truncated: header says {header} frames, {decoded} decode"
-
-
-def _past_the_end(index: int, decoded: int, header: int) -> str:
-    if decoded < header and index < header:
-        return _truncated(header, decoded)
-    return f"frame {index} is past the end: the clip has {decoded} frames"
