@@ -29,6 +29,7 @@ from instap_jax.evaluation.results import (
 )
 from instap_jax.evaluation.retrieval import retrieval_metrics
 
+SHORT = [{"step": 1, "loss": 2.0}, {"step": 5, "loss": 1.5}]  # where curves are not the point
 EVIL = "<script>alert('&')</script>"
 
 
@@ -179,6 +180,7 @@ def test_two_runs_side_by_side(tmp_path):
         "student at step 400",
         "a tie counts against the model",
         "student, random initialisation at step 0",
+        "measured (UTC)",
         "data.batch_size",
         "Gradient norm",
         "temperature",
@@ -209,7 +211,7 @@ def test_same_runs_give_the_same_plots(tmp_path):
 
 
 def test_every_text_is_escaped(tmp_path):
-    run = make_run(tmp_path / "a" / "x", lines=list(make_lines(0, **{EVIL: 1.0})))
+    run = make_run(tmp_path / "a" / "x", lines=[{"step": 1, "loss": 1.0, EVIL: 1.0}])
     config = json.loads((run / "config.json").read_text())
     config |= {"file": EVIL, "overrides": [EVIL], "changed": {EVIL: [EVIL, EVIL]}}
     config["config"] |= {"stage": EVIL, EVIL: EVIL}
@@ -231,8 +233,8 @@ def test_every_text_is_escaped(tmp_path):
 
 
 def test_runs_of_one_name_are_told_apart_and_stages_are_not_mixed(tmp_path):
-    first = make_run(tmp_path / "p" / "run", stage="teacher", results=False)
-    second = make_run(tmp_path / "q" / "run", results=False)
+    first = make_run(tmp_path / "p" / "run", stage="teacher", results=False, lines=SHORT)
+    second = make_run(tmp_path / "q" / "run", results=False, lines=SHORT)
     page = read(write_report([first, second], tmp_path / "r.html"))
     assert "p/run" in page.text and "q/run" in page.text
     assert "Stage: teacher" in page.text and "Stage: distill" in page.text
@@ -240,7 +242,7 @@ def test_runs_of_one_name_are_told_apart_and_stages_are_not_mixed(tmp_path):
 
 
 def test_different_protocols_are_not_put_side_by_side(tmp_path):
-    runs = [make_run(tmp_path / name, results=False) for name in "ab"]
+    runs = [make_run(tmp_path / name, results=False, lines=SHORT) for name in "ab"]
     for run, frames in zip(runs, (4, 8)):
         one = made_up_retrieval(0, 1)[1]
         protocol = Protocol(
@@ -255,7 +257,7 @@ def test_different_protocols_are_not_put_side_by_side(tmp_path):
 def test_missing_parts_are_said(tmp_path):
     no_log = make_run(tmp_path / "no-log")
     (no_log / "metrics.jsonl").unlink()
-    no_eval = make_run(tmp_path / "no-eval", results=False)
+    no_eval = make_run(tmp_path / "no-eval", results=False, lines=SHORT)
     with (no_eval / "metrics.jsonl").open("a") as file:
         file.write('{"step": 401, "lo')
     only_eval = make_run(tmp_path / "only-eval")
@@ -296,7 +298,7 @@ def test_figures_of_a_run(tmp_path):
 
 
 def test_samples_are_drawn(tmp_path):
-    run, media = make_run(tmp_path / "a", results=False), tmp_path / "media"
+    run, media = make_run(tmp_path / "a", results=False, lines=SHORT), tmp_path / "media"
     media.mkdir()
     rng = np.random.default_rng(0)
     rows = []
@@ -360,7 +362,7 @@ def test_faults_of_the_input(tmp_path, capsys):
 
 
 def test_command_prints_where_the_page_is(tmp_path, capsys):
-    run, out = make_run(tmp_path / "a"), tmp_path / "r.html"
+    run, out = make_run(tmp_path / "a", lines=SHORT), tmp_path / "r.html"
     assert command.main(["report", f"--workdirs={run}", f"--out={out}"]) == 0
     assert str(out) in capsys.readouterr().out
 

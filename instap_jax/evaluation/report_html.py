@@ -106,7 +106,8 @@ table.diff td{font-family:ui-monospace,"Liberation Mono",monospace;font-size:12.
 table.diff th{font-family:ui-monospace,"Liberation Mono",monospace;font-size:12.5px}
 table.facts td{white-space:normal;min-width:150px}
 .pm{color:var(--muted);font-size:11.5px}
-.chance>*{color:var(--muted)}
+td .pm{display:inline-block;min-width:2.7em;margin-left:.4em;text-align:left}
+td .pm.range{min-width:5.6em}
 td b{font-weight:700}
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,460px),1fr));gap:14px}
 figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:8px;

@@ -10,6 +10,7 @@ from instap_jax.evaluation.report_runs import Run
 from instap_jax.evaluation.results import Measurement, Protocol, flatten, shared_line, weights_line
 from instap_jax.evaluation.retrieval import RECALL_AT, TIE_RULE
 
+_NO_MARGIN = tag("span", "", class_="pm")  # keeps the numbers of a column below each other
 _DIRECTIONS = (("t2v", "T→V"), ("v2t", "V→T"))
 
 
@@ -43,8 +44,23 @@ def results_sections(runs: Sequence[Run]) -> Html:
     sections = [_SECTIONS.get(task, _any_section)(task, _groups(runs, task)) for task in tasks]
     if not sections:
         text = "None of these runs has results: run instap evaluate first."
-        sections = [join(tag("h2", "Results"), note(text))]
-    return join(*sections)
+        return join(tag("h2", "Results"), note(text))
+    return join(*sections, _provenance(runs))
+
+
+def _provenance(runs: Sequence[Run]) -> Html:
+    rows = []
+    for run in runs:
+        for task, result in run.results.items():
+            versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
+            head = join(swatch(run.slot), run.name)
+            rows.append([head, task, result.written, result.config_hash, versions])
+    header = ["run", "task", "measured (UTC)", "config hash", "with"]
+    return tag(
+        "details",
+        tag("summary", "When and with which configuration and versions this was measured"),
+        table(header, rows, class_="facts"),
+    )
 
 
 def _groups(runs: Sequence[Run], task: str) -> list[list[_Entry]]:
@@ -121,13 +137,14 @@ def _retrieval_table(group: Sequence[_Entry]) -> Html:
             best = len(group) > 1 and value == better(other[i][0] for other in columns)
             shown = f"{value:.1f}" if spread is not None or i == len(values) - 1 else f"{value:g}"
             text = tag("b", shown) if best else shown
-            margin = tag("span", f" ±{spread:.1f}", class_="pm") if spread is not None else ""
+            margin = tag("span", f"±{spread:.1f}", class_="pm") if spread is not None else ""
             cells.append(join(text, margin))
         rows.append([entry.head, *cells])
     metrics = group[0].measurement.metrics
     rows.append(["chance"])
     for direction, _ in _DIRECTIONS:
-        rows[-1] += [f"{metrics[direction]['chance'][f'R@{k}']:.1f}" for k in RECALL_AT] + [""]
+        recalls = [f"{metrics[direction]['chance'][f'R@{k}']:.1f}" for k in RECALL_AT]
+        rows[-1] += [*(join(recall, _NO_MARGIN) for recall in recalls), ""]
     rows[-1].append(f"{_mean_chance(metrics):.1f}")
     return table([*header, "mean"], rows)
 
@@ -215,7 +232,8 @@ def _probe_table(group: Sequence[_Entry]) -> Html:
             one = entry.measurement.metrics.get(name)
             cells.append(_probe_cell(one, best[name] if len(group) > 1 else None))
         rows.append([entry.head, *cells])
-    chance = [f"{_chance_of(group, name):.1f}" for name in attributes]
+    margin = tag("span", "", class_="pm range")
+    chance = [join(f"{_chance_of(group, name):.1f}", margin) for name in attributes]
     return table(["run", *attributes], [*rows, ["majority class", *chance]])
 
 
@@ -223,7 +241,7 @@ def _probe_cell(one: Mapping | None, best: float | None) -> str:
     if not one:
         return "—"
     shown = f"{one['accuracy']:.1f}"
-    interval = tag("span", f" {one['low']:.1f}–{one['high']:.1f}", class_="pm")
+    interval = tag("span", f"{one['low']:.1f}–{one['high']:.1f}", class_="pm range")
     return join(tag("b", shown) if one["accuracy"] == best else shown, interval)
 
 

@@ -82,7 +82,7 @@ def facts(run: Run) -> dict[str, str]:
     return {
         "stage": run.stage,
         "configuration": run.file or "—",
-        "values": changed or "—",
+        "settings": changed or "—",
         "config hash": config_hash(run.config) if run.config else "—",
         "steps": _steps(run),
         "samples per step": str(data.get("batch_size", "—")),
