@@ -4,7 +4,7 @@ import functools
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -24,7 +24,7 @@ FRAMES_PER_SHEET = 5
 _TILE_HEIGHT, _STILL_HEIGHT, _TILE_WIDTH = 180, 400, 720
 _PADDING, _GAP, _MIN_WIDTH = 14, 6, 560
 _TEXT, _SMALL_TEXT = 15, 12  # font sizes in pixels
-_MAX_LINES = 6  # of one caption
+_MAX_LINES, _MAX_CHARACTERS = 6, 4000  # of one caption
 _INK, _FAINT, _RED, _PAPER = "#202124", "#70757a", "#c5221f", "white"
 # Distinct in hue and in brightness; repeated where there are more instances.
 _COLOURS = (
@@ -56,6 +56,7 @@ def draw_sheet(
       heading: one line above the frames.
       faults: lines in red below the heading.
     """
+    labels = [_printable(label) for label in labels]
     tile = _tile_size(frames)
     columns = len(frames)
     inner = max(_MIN_WIDTH, columns * tile[0] + (columns - 1) * _GAP)
@@ -77,7 +78,7 @@ def draw_sheet(
         sheet.paste(picture, (x, y))
         if titles:
             place = (x + tile[0] // 2, y + tile[1] + 3)
-            draw.text(place, titles[column], _FAINT, _font(_SMALL_TEXT), anchor="ma")
+            draw.text(place, _printable(titles[column]), _FAINT, _font(_SMALL_TEXT), anchor="ma")
     y += tile[1] + titles_height
     for line in lines:
         if not line.above:
@@ -344,10 +345,14 @@ def _wrap(text: str, width: int, bold: bool = False) -> Sequence[str]:
     return (*lines, line.rstrip()) if line.strip() else tuple(lines)
 
 
-def _pieces(text: str) -> Iterable[str]:
-    """Words with the space after them; control characters, which fonts cannot show, are dropped."""
-    text = "".join(c if c.isprintable() else " " for c in text)
-    return re.findall(r"\S+\s*", text)
+def _pieces(text: str) -> list[str]:
+    """Words with the space after them."""
+    return re.findall(r"\S+\s*", _printable(text))
+
+
+def _printable(text: str) -> str:
+    """Without control characters, on which the text engine fails, and without endless tails."""
+    return "".join(c if c.isprintable() else " " for c in text[:_MAX_CHARACTERS])
 
 
 @functools.cache
