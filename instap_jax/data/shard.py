@@ -89,8 +89,7 @@ def sampling_grid(frames: int, fps: float, rate: float | None) -> np.ndarray:
     or where `rate` is None, every frame is taken. Frame 0 is always in, however short the clip.
     """
     step = 1.0 if rate is None else max(1.0, fps / rate)
-    # Multiples of a step such as 30 / 0.1 may fall just short of the integer they stand for.
-    index = np.floor(np.arange(int(frames / step) + 1) * step + 1e-6).astype(np.int32)
+    index = np.floor(np.arange(int(frames / step) + 1) * step).astype(np.int32)
     return index[index < frames]
 
 

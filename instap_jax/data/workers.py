@@ -76,7 +76,8 @@ def write_shards(
         while pending:
             finished, _ = futures.wait(pending, 0.2, futures.FIRST_COMPLETED)
             begun = sum(link.begun)
-            progress.update(begun - shown)
+            if begun > shown:  # no rate, and no time left, is known before the first sample
+                progress.update(begun - shown)
             shown = begun
             for future in finished:
                 yield pending.pop(future), future.result()
