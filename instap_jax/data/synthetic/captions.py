@@ -15,6 +15,7 @@ from instap_jax.data.synthetic.scene import Entity, Scene, pick
 
 SUMMARY_WORDS = 24
 _MAX_SENTENCES = 4
+_RARE = ("towards", "away", "faster", "slower", "behind", "in_front")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -89,8 +90,9 @@ def _choose_facts(rng: np.random.Generator, seen: Observation, i: int) -> tuple[
         chosen += [fact for fact in inplace if fact.kind == "inplace"]
         lacking = [fact for fact in inplace if fact.kind == "not_inplace"]
     relations = _shuffled(rng, _relation_facts(rng, seen, i))
-    # A side can only be seen in the scene, so it is said more often than its share of relations.
-    relations.sort(key=lambda fact: fact.kind not in SIDES and rng.random() < 0.5)
+    # What is rarely true is said when it is; then a side, which only the scene can show.
+    rank = {kind: 0 if kind in _RARE else 0.9 if kind in SIDES else 1 for kind in RELATIONS}
+    relations.sort(key=lambda fact: rank[fact.kind] + 1.5 * rng.random())
     positions = _shuffled(rng, [Fact("position", value) for value in seen.positions(i)])
     chosen += relations[:1]
     if positions and (len(chosen) < 2 or rng.random() < 0.4):
@@ -183,7 +185,8 @@ def _word(rng: np.random.Generator, facts: tuple[Fact, ...], entity: Entity) -> 
     if "inplace" in kinds and (motion.value[0] == "still" or rng.random() < 0.7):
         rest = [fact for fact in rest if fact not in (motion, inplace)]
         sentences.append(language.say_motion(rng, motion, pick(rng, subjects), inplace))
-    sentences += [language.say(rng, fact, pick(rng, subjects)) for fact in rest]
+    # As an object it is 'it': 'the star is above the circle' would leave open which circle.
+    sentences += [language.say(rng, fact, pick(rng, subjects), "it") for fact in rest]
     sentences = _shuffled(rng, sentences)
     sentences.insert(0, language.say(rng, look, "it"))
     return Description(tuple(sentences), facts)

@@ -176,7 +176,7 @@ def _heading(sign: int):
             return False
         way = np.array(DIRECTIONS[entity.motion.direction])
         cosine = (aim[good] @ way) / np.linalg.norm(aim[good], axis=-1)
-        return bool(cosine.min() > 0.8)
+        return bool(cosine.min() > 0.7)
 
     return holds
 

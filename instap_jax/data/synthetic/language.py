@@ -95,8 +95,8 @@ _ZONES = {
 }
 _POSITIONS = {
     "always": ("{s} is {z}.", "{s} can be seen {z}.", "{s} is {z} of the picture."),
-    "start": ("{s} starts {z}.", "At first {o} is {z}."),
-    "end": ("{s} ends up {z}.", "In the end {o} is {z}."),
+    "start": ("{s} starts {z}.", "At first {s} is {z}."),
+    "end": ("{s} ends up {z}.", "In the end {s} is {z}."),
 }
 _PATTERNS = {
     "plain": "without a pattern",
@@ -121,8 +121,13 @@ _BACKGROUNDS = {
 _COUNTS = ("no", "one", "two", "three", "four", "five")
 
 
-def say(rng: np.random.Generator, fact: Fact, subject: str) -> str:
-    """One sentence for one fact. `subject` is a noun phrase or 'it', in lower case."""
+def say(rng: np.random.Generator, fact: Fact, subject: str, as_object: str | None = None) -> str:
+    """One sentence for one fact.
+
+    Args:
+      subject: a noun phrase or 'it', in lower case.
+      as_object: the same where it is an object; `subject` by default.
+    """
     if fact.kind == "look":
         return _say_look(rng, fact.value, subject)
     if fact.kind == "motion":
@@ -134,11 +139,9 @@ def say(rng: np.random.Generator, fact: Fact, subject: str) -> str:
         when, zone = fact.value
         words = pick(rng, _ZONES.get(zone, (f"in the {zone}", f"in the {zone} part")))
         template = pick(rng, _POSITIONS[when])
-        return finish(template.format(s=subject, o=subject, z=words))
+        return finish(template.format(s=subject, z=words))
     template = pick(rng, _RELATIONS[fact.kind])
-    # 'The other red circle is above the circle' leaves open which: 'above it' does not.
-    as_object = "it" if "other" in fact.value else subject
-    return finish(template.format(s=subject, o=as_object, r=fact.value))
+    return finish(template.format(s=subject, o=as_object or subject, r=fact.value))
 
 
 def say_motion(
@@ -165,7 +168,7 @@ def say_background(rng: np.random.Generator, background: Background) -> str:
     """A sentence on the background alone."""
     words = background_words(background)
     if background.kind in ("sky", "grass", "water", "bricks", "pebbles"):
-        return finish(pick(rng, (f"behind them is {words}", f"the background shows {words}")))
+        return finish(pick(rng, (f"behind them we see {words}", f"the background shows {words}")))
     return finish(pick(rng, (f"everything is on {words}", f"the scene has {words}")))
 
 

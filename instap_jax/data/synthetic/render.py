@@ -116,7 +116,9 @@ class _Layer:
 def _draw(entity: Entity, height: int, width: int, shifted: bool) -> _Layer:
     short = min(height, width)
     radius = (entity.scale * entity.diameter * short / 2).astype(np.float32)[:, None, None]
-    size = int(np.ceil(2 * 1.25 * radius.max())) + 3  # corners of a turned shape reach out to 1.25
+    # How far the shape reaches from its centre, in radii: a spinning square turns its corners out.
+    reach = 1.1 if np.ptp(entity.angle) == 0 else _SPAN
+    size = int(np.ceil(2 * reach * radius.max())) + 3
     centre = entity.centre * short
     origin = np.floor(centre - size / 2).astype(np.int64)
     local = (origin - centre + 0.5).astype(np.float32)  # of the window's first pixel centre

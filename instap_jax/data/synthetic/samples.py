@@ -190,12 +190,8 @@ def _instance(scene: Scene, rendering: Rendering, description: Description, i: i
 def _needed(frames: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """Of the frames with a box those that interpolation cannot give back: rest needs no rows."""
     keep = np.ones(len(frames), bool)
-    for m in range(1, len(frames) - 1):
-        before, here, after = frames[m - 1 : m + 2]
-        same = np.array_equal(boxes[before], boxes[here]) and np.array_equal(
-            boxes[here], boxes[after]
-        )
-        keep[m] = not (same and after - before == 2)
+    rest = (boxes[frames[1:]] == boxes[frames[:-1]]).all(-1) & (np.diff(frames) == 1)
+    keep[1:-1] = ~(rest[1:] & rest[:-1])
     return frames[keep]
 
 
