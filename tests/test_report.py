@@ -30,7 +30,7 @@ from instap_jax.evaluation.results import (
 from instap_jax.evaluation.retrieval import retrieval_metrics
 
 SHORT = [{"step": 1, "loss": 2.0}, {"step": 5, "loss": 1.5}]  # where curves are not the point
-EVIL = "<script>alert('&')</script>"
+EVIL = """<script x='"'>alert('&')</script>"""
 
 
 def make_lines(seed, steps=400, every=5, **extra):
@@ -59,14 +59,14 @@ def make_run(workdir, *, seed=0, stage="distill", skill=2.0, lines=None, results
     """Writes what a trained and evaluated run leaves behind (but its checkpoints)."""
     workdir.mkdir(parents=True)
     config = {"stage": stage, "steps": 400, "data": {"batch_size": 16, "frames": 4}}
-    changed = {"stage": ["distill", stage], "steps": [1000, 400], "data.batch_size": [64, 16]}
+    changed = {"steps": [1000, 400], "data.batch_size": [64, 16]}
     (workdir / "config.json").write_text(
         json.dumps(
             {
                 "config": config,
                 "changed": changed,
                 "file": "configs/tiny.py",
-                "overrides": ["--config.steps=400"],
+                "overrides": ["steps=400"],
             }
         )
     )
@@ -189,6 +189,18 @@ def test_two_runs_side_by_side(tmp_path):
     number = read_results(runs[1])["retrieval"].measurements[2].metrics["mean_recall"]
     assert f"{number:.1f}" in page.text
     assert page.tags.count("svg") == 1 + 1 + 6 + 1  # recalls, probes, curves, temperature
+
+
+def test_configurations_are_compared(tmp_path):
+    first = make_run(tmp_path / "a", lines=SHORT, results=False)
+    second = make_run(tmp_path / "b", lines=SHORT, results=False)
+    config = json.loads((second / "config.json").read_text())
+    config["changed"] = {"steps": [1000, 500], "data.batch_size": [64, 16]}
+    (second / "config.json").write_text(json.dumps(config))
+    text = write_report([first, second], tmp_path / "r.html").read_text()
+    assert "<td>1000</td><td><b>400</b></td><td><b>500</b></td>" in text
+    assert "<td>64</td><td>16</td><td>16</td>" in text
+    assert "configs/tiny.py steps=400" in text
 
 
 def test_page_needs_nothing_else(tmp_path):
@@ -390,6 +402,13 @@ def test_failed_write_leaves_the_old_result(tmp_path):
     with pytest.raises(UserError, match="measured nothing"):
         write_result(tmp_path, "retrieval", [], config={})
     assert (tmp_path / "eval" / "retrieval.json").read_text() == before
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written: Not a directory"):
+        write_result(tmp_path / "file", "probe", made_up_probes(0, 1), config={})
+    (tmp_path / "eval" / "probe.json").mkdir()
+    with pytest.raises(UserError, match=r"probe\.json cannot be written"):
+        write_result(tmp_path, "probe", made_up_probes(0, 1), config={})
+    assert not list(tmp_path.glob("**/.*partial"))
 
 
 def test_tables_state_their_protocol():

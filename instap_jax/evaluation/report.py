@@ -5,6 +5,7 @@ configuration changed. The page has no scripts and needs no other file.
 """
 
 import base64
+import contextlib
 import dataclasses
 import datetime
 import io
@@ -83,7 +84,8 @@ def write_report(
         aside.write_text(text, encoding="utf-8")
         os.replace(aside, out)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
         raise UserError(f"{out} cannot be written: {error.strerror}") from error
     return out
 
@@ -145,7 +147,7 @@ def _curves(runs: Sequence[Run]) -> Html:
         parts.append(_panels(mine, _PANELS, stage))
         others = {name: _Panel(title=name, unit=name) for name in _other_names(mine)}
         if others:
-            summary = tag("summary", f"{len(others)} more logged quantities")
+            summary = tag("summary", f"More logged quantities ({len(others)})")
             parts.append(tag("details", summary, _panels(mine, others, stage)))
     return join(*parts)
 
@@ -229,24 +231,40 @@ def _choose(annotations: Path) -> list[Sample]:
 
 
 def _configurations(runs: Sequence[Run]) -> Html:
-    parts = [tag("h2", "Configuration"), note("Only what differs from the library's defaults.")]
-    for run in runs:
-        title = join(swatch(run.slot), run.name)
-        if not run.config:
-            parts += [tag("h3", title), note("config.json is missing.")]
-            continue
-        source = run.file or "no file"
-        flags = " ".join(run.overrides)
-        parts += [tag("h3", title), tag("p", f"{source} {flags}".strip(), class_="protocol")]
-        rows = [[key, _value(pair[0]), _value(pair[1])] for key, pair in run.changed.items()]
-        if rows:
-            parts.append(table(["key", "default", "this run"], rows, class_="diff"))
-        else:
-            parts.append(note("Nothing: the defaults."))
+    """One table of all that any run changed, what differs between the runs in bold."""
+    known = [run for run in runs if run.config]
+    parts = [tag("h2", "Configuration")]
+    if not known:
+        return join(*parts, note("None of these runs has a config.json."))
+    text = "What differs from the library's defaults; grey: the default. Bold: the runs differ."
+    parts.append(note(text))
+    for run in known:
+        source = " ".join([run.file or "no file", *run.overrides])
+        parts.append(tag("p", swatch(run.slot), f"{run.name}: {source}", class_="protocol"))
+    header = ["key", "default", *(join(swatch(run.slot), run.name) for run in known)]
+    parts.append(table(header, _changes(known), class_="diff"))
+    for run in known:
         resolved = json.dumps(run.config, indent=1, ensure_ascii=False)
-        summary = tag("summary", "complete configuration")
+        summary = tag("summary", "Complete configuration of ", swatch(run.slot), run.name)
         parts.append(tag("details", summary, tag("pre", resolved)))
     return join(*parts)
+
+
+def _changes(runs: Sequence[Run]) -> list[list[str]]:
+    defaults = {key: pair[0] for run in runs for key, pair in run.changed.items()}
+    rows = []
+    for key, default in defaults.items():
+        values = [run.changed[key][1] if key in run.changed else default for run in runs]
+        cells: list[str] = []
+        for run, value in zip(runs, values):
+            if key not in run.changed:
+                cells.append(tag("span", _value(value), class_="lead"))
+            elif any(other != value for other in values):
+                cells.append(tag("b", _value(value)))
+            else:
+                cells.append(_value(value))
+        rows.append([key, _value(default), *cells])
+    return rows
 
 
 def _value(value) -> str:

@@ -117,7 +117,7 @@ figcaption span{font-weight:400;color:var(--muted)}
 figure svg{display:block;width:100%;height:auto}
 figure svg *{stroke-linejoin:round}
 figure svg text{font-family:inherit!important}
-figure.sheet img{display:block;max-width:100%;height:auto;margin:0 auto 6px;border-radius:4px}
+figure.sheet img{display:block;max-width:100%;max-height:440px;margin:0 auto 6px;border-radius:4px}
 .sheets{display:grid;gap:16px}
 details{margin:8px 0;border:1px solid var(--line);border-radius:8px;padding:8px 14px;
   background:var(--card)}

@@ -4,6 +4,7 @@ A measurement cannot be built, written or printed without its protocol, so two n
 different ways never meet unlabelled.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -82,6 +83,9 @@ def write_result(
       task: 'retrieval', 'probe', ...: letters, digits, hyphens, underscores.
       measurements: at least one.
       config: the resolved configuration of the run; its hash is stored.
+
+    Raises:
+      UserError: nothing was measured, or the file cannot be written.
     """
     if not re.fullmatch(r"[a-z0-9_-]+", task):
         raise ValueError(f"task {task!r} cannot name a file")
@@ -97,12 +101,16 @@ def write_result(
     )
     plain = dataclasses.asdict(result)
     text = json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False, default=_plain)
-    directory = Path(workdir) / DIRECTORY
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"{task}.json"
-    aside = directory / f".{task}.json.{os.getpid()}.partial"
-    aside.write_text(text + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    path = Path(workdir) / DIRECTORY / f"{task}.json"
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(text + "\n", encoding="utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
     return path
 
 
