@@ -68,9 +68,11 @@ def page(title: str, *body: str) -> Html:
 
 
 _LIGHT = """--paper:#fdfdfc;--card:#fff;--ink:#17191e;--muted:#5d6470;--line:#e2e4e8;
---soft:#f4f5f6;--s0:#2563c9;--s1:#d45f17;--s2:#0d8a6c;--s3:#b5367f;--s4:#7450c6;--s5:#8a6d00;color-scheme:light"""
+--soft:#f4f5f6;--s0:#2563c9;--s1:#d45f17;--s2:#0d8a6c;--s3:#b5367f;--s4:#7450c6;--s5:#8a6d00;
+color-scheme:light"""
 _DARK = """--paper:#131519;--card:#191c21;--ink:#e7e9ec;--muted:#9ba2ad;--line:#2d3138;
---soft:#20242a;--s0:#6ea2f7;--s1:#f0915a;--s2:#3fc3a2;--s3:#e57db6;--s4:#ab8ff0;--s5:#d0ad3b;color-scheme:dark"""
+--soft:#20242a;--s0:#6ea2f7;--s1:#f0915a;--s2:#3fc3a2;--s3:#e57db6;--s4:#ab8ff0;--s5:#d0ad3b;
+color-scheme:dark"""
 
 STYLE = (
     f":root{{{_LIGHT}}}\n"
