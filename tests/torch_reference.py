@@ -4,6 +4,8 @@ Only what parity tests need: no stochastic depth, no initialisation of note. `lo
 parameters into ours, so that both compute the same function.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -186,10 +188,24 @@ def stacked(layers: list[dict]) -> dict:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
 
 
-def load(module: nnx.Module, parameters: dict) -> None:
-    """Replaces every parameter of `module`; a missing, extra or misshapen one is an error."""
+def load(create: Callable[[], nnx.Module], parameters: dict) -> nnx.Module:
+    """The module `create` makes, with these parameters; a missing, extra or misshapen one fails."""
+    module = nnx.eval_shape(create)
     state = nnx.state(module, nnx.Param)
     ours, theirs = (jax.tree.map(np.shape, t) for t in (nnx.to_pure_dict(state), parameters))
     assert ours == theirs, f"{ours}\n{theirs}"
     nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, parameters))
     nnx.update(module, state)
+    return module
+
+
+def fill(create: Callable[[], nnx.Module]) -> nnx.Module:
+    """The module `create` makes, with random parameters and no initialiser to compile."""
+    random = np.random.default_rng(7)
+    shapes = nnx.to_pure_dict(nnx.state(nnx.eval_shape(create), nnx.Param))
+
+    def draw(path, leaf):
+        values = 0.15 * random.normal(size=leaf.shape)
+        return (values + (path[-1].key == "scale")).astype(np.float32)
+
+    return load(create, jax.tree_util.tree_map_with_path(draw, shapes))
