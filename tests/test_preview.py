@@ -156,6 +156,24 @@ def test_preview_as_clips(annotated, tmp_path):
     assert info.height % 2 == info.width % 2 == 0
 
 
+def test_a_clip_that_fails_half_way_leaves_no_file(annotated, tmp_path, monkeypatch, capsys):
+    path, root = annotated
+    make_video(root / "v.mp4", 70, (34, 46))  # more than the encoder holds back
+    path.write_text("\n".join(path.read_text().splitlines()[-3:]), encoding="utf-8")
+    whole = media.iterate_frames
+
+    def damaged(path, short_side):
+        for count, frame in enumerate(whole(path, short_side)):
+            if count == 60:
+                raise media.MediaError("damaged")
+            yield frame
+
+    monkeypatch.setattr(media, "iterate_frames", damaged)
+    assert run(annotated, tmp_path / "clips", "--format=mp4") == 0
+    assert names(tmp_path / "clips") == ["000001-d.png"]
+    assert capsys.readouterr().err.count("damaged") == 2
+
+
 def test_count_and_split(annotated, tmp_path, capsys):
     assert run(annotated, tmp_path / "one", "--count=1", "--split=img-1k") == 0
     assert len(names(tmp_path / "one")) == 1

@@ -365,6 +365,24 @@ def test_boxes_on_grid_against_plain_python(data):
     np.testing.assert_allclose(found[0], expected.reshape(-1, 4), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("absent", "wanted", "nearest"),
+    [
+        ([[4, 6]], 5, 3),  # 3 and 7 are as near: the earlier
+        ([[4, 5]], 5, 6),
+        ([[5, 9]], 8, 4),  # nothing after the gap
+        ([[0, 6]], 1, 7),  # nothing before it
+        ([[4, 4], [5, 5], [6, 8]], 5, 3),  # gaps that touch are one
+    ],
+)
+def test_the_held_box_is_the_nearest_one(absent, wanted, nearest):
+    rows = [[frame, frame, 0, frame + 10, 50] for frame in (0, 9)]
+    sample = parse(with_instance(boxes=rows, absent=absent))
+    boxes, present = schema.boxes_on_grid(sample, np.array([wanted], np.int32), INFO)
+    assert not present.any()
+    np.testing.assert_allclose(boxes[0, 0, 0], nearest / 200, rtol=1e-6)
+
+
 def test_grid_of_no_instances_and_of_faulty_ones():
     sample = parse(LINE, instances=[])
     boxes, present = schema.boxes_on_grid(sample, np.arange(3, dtype=np.int32), INFO)
