@@ -40,10 +40,7 @@ _SHORT_FORMS = _words(
 _WINDOW = 64  # characters looked at on either side of a full stop
 
 # The forms a flip would make wrong. 'leftover', 'bright' and 'copyright' are other words.
-_SIDE = re.compile(
-    r"\b(?:left|right)(?:s|most|wards?|ies|y|hand(?:ed)?|[-\s]hand(?:ed)?|[-\s]side)?\b",
-    re.IGNORECASE,
-)
+_SIDE = re.compile(r"\b(?:left|right)(?:s|most|wards?|ies|y|hand(?:ed)?)?\b")
 
 
 def split_sentences(text: str) -> list[str]:
@@ -78,7 +75,7 @@ def names_side(text: str) -> bool:
 
     Every sense counts ("the right answer" too): losing a flip costs less than a false caption.
     """
-    return _SIDE.search(text) is not None
+    return _SIDE.search(text.lower()) is not None
 
 
 def text_hash(text: str) -> int:

@@ -131,20 +131,25 @@ class GroupBuilder:
 
     def build(self, groups: Sequence[GroupRef]) -> Batch:
         """Returns a batch [len(groups), ...]; an unreadable sample is zeros, with a fault."""
-        batch = {name: np.zeros(*spec) for name, spec in self.shapes(len(groups)).items()}
+        # The pixels are not zeroed: every picture writes its own place and the rest of its canvas.
+        batch = {
+            name: (np.empty if name == "frames" else np.zeros)(*spec)
+            for name, spec in self.shapes(len(groups)).items()
+        }
         for index, group in enumerate(groups):
             self._fill({name: array[index, ...] for name, array in batch.items()}, group)
         return batch
 
     def _fill(self, out: dict[str, np.ndarray], group: GroupRef) -> None:
         reads: list[_Read | None] = []
+        out["frames"][len(group.samples) :] = 0
         for i, ref in enumerate(group.samples):
             out["corpus"][i], out["record"][i] = ref.corpus, ref.record
             try:
                 read = self._read(ref, out["frames"][i])
             except _BadSample as bad:
                 out["fault"][i] = bad.fault
-                out["frames"][i] = 0  # frames decoded before the bad one
+                out["frames"][i] = 0
                 reads.append(None)
                 continue
             reads.append(read)
@@ -265,8 +270,14 @@ def _check_shapes(record: Record) -> None:
 
 
 def _decode_into(canvas: np.ndarray, record: Record, chosen: np.ndarray) -> tuple[int, int]:
-    """Decodes the chosen frames to the top left of `canvas`; returns (height, width) in pixels."""
+    """Decodes the chosen frames to the top left of `canvas` [t, H, W, 3], zeros around them.
+
+    Returns:
+      (height, width) of the pictures in pixels.
+    """
     height, width = fitting_size(*record.size, canvas.shape[1:3])
+    canvas[:, height:] = 0
+    canvas[:, :height, width:] = 0
     try:
         for t, picture in enumerate(_pictures(record, chosen, (height, width))):
             if picture.shape != (height, width, 3):

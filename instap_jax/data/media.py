@@ -174,9 +174,10 @@ def encode_jpeg(frame: np.ndarray, quality: int = 90) -> bytes:
 
 
 def decode_jpeg(data: bytes) -> np.ndarray:
-    """Decodes the JPEG file `data` to uint8 [h, w, 3] RGB. Raises MediaError."""
+    """Decodes the JPEG file `data` to uint8 [h, w, 3] RGB, read-only. Raises MediaError."""
     with _reasons(), _open_still(data, formats=("JPEG",)) as image:
-        return np.array(image.convert("RGB"))
+        # The hot spot of the input pipeline: `convert` and `np.array` would each copy all pixels.
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def confined(root: Path, relative: str) -> Path:

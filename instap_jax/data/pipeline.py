@@ -143,19 +143,38 @@ def _mixed_samples(
     `mix` asks corpus c for its turns 0, 1, 2, ... in order, however the others are weighted, so
     that a corpus has its own epochs: turn // length.
     """
-    streams = []
-    for index, length in enumerate(lengths):
-        stream = grain.MapDataset.range(length)
-        if shuffle:
-            words = np.random.SeedSequence([seed, _SHUFFLE, index]).generate_state(1)
-            stream = stream.shuffle(seed=int(words[0]))  # grain adds the epoch to it
-        stream = stream.repeat()
-        streams.append(stream.map_with_index(functools.partial(_refer, index, length)))
+    streams = [
+        grain.MapDataset.range(length)
+        .repeat()
+        .map_with_index(_Turns(corpus=corpus, length=length, seed=seed if shuffle else None))
+        for corpus, length in enumerate(lengths)
+    ]
     return grain.MapDataset.mix(streams, [corpus.weight for corpus in corpora])
 
 
-def _refer(corpus: int, length: int, turn: int, record: int) -> SampleRef:
-    return SampleRef(corpus=corpus, record=int(record), epoch=turn // length, turn=turn)
+@dataclasses.dataclass(frozen=True)
+class _Turns:
+    """Maps a turn of a corpus's endless stream to a record; `seed` None: in record order."""
+
+    corpus: int
+    length: int
+    seed: int | None
+
+    def __call__(self, turn: int, record: int) -> SampleRef:
+        epoch = turn // self.length
+        if self.seed is not None:
+            record = _order(self.seed, self.corpus, epoch, self.length)[record]
+        return SampleRef(corpus=self.corpus, record=int(record), epoch=epoch, turn=turn)
+
+
+@functools.lru_cache(maxsize=32)
+def _order(seed: int, corpus: int, epoch: int, length: int) -> np.ndarray:
+    """Returns the order of the records in an epoch: 4 bytes each, in every worker.
+
+    grain's own shuffle needs no memory, but milliseconds for each sample of a small corpus.
+    """
+    rng = np.random.default_rng([seed, _SHUFFLE, corpus, epoch])
+    return rng.permutation(np.arange(length, dtype=np.uint32))
 
 
 def _group(samples: Sequence[tuple[int, SampleRef]]) -> GroupRef:
