@@ -12,10 +12,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.lax import Precision
-from jaxtyping import Array, Bool, Float, Int, Int32, PRNGKeyArray
+from jaxtyping import Bool, Float, Int, Int32, PRNGKeyArray
 
 from instap_jax.types import IGNORED_TARGET
+
+Array = jax.Array | np.ndarray
 
 
 @jax.tree_util.register_dataclass

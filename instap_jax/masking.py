@@ -5,13 +5,15 @@ clip, l tokens of a clip (t times the patches of a frame), v visible tokens, s t
 """
 
 import math
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Int32, PRNGKeyArray
+import numpy as np
+from jaxtyping import Bool, Float, Int, Int32, PRNGKeyArray
 
 from instap_jax.types import IGNORED_TARGET
+
+Array = jax.Array | np.ndarray
 
 # Stands for log 0. Below the log of any float32 plus Gumbel noise, so that a token without a
 # score is drawn only when all others have been; large enough that noise still orders such tokens.
@@ -43,7 +45,7 @@ def choose_visible(
     key: PRNGKeyArray,
     scores: Float[Array, "b l"],
     count: int,
-    choice: Literal["sample", "topk"],
+    choice: str,
     *,
     frames: int = 1,
 ) -> Int32[Array, "b v"]:
@@ -63,6 +65,7 @@ def choose_visible(
     With 'topk' NaN ranks below everything.
 
     Args:
+      choice: 'sample' or 'topk'.
       count: v, visible tokens of the clip (`visible_count`); a multiple of `frames`.
 
     Returns:

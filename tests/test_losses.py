@@ -257,7 +257,12 @@ def test_a_pair_without_any_negative_contributes_zero():
     video, text = _pairs(0, 3)
     same = np.zeros(3, np.int32)
     output = losses.contrastive_loss(
-        video, text, 0.07, valid=np.ones(3, bool), video_ids=same, text_ids=np.arange(3)
+        video,
+        text,
+        0.07,
+        valid=np.ones(3, bool),
+        video_ids=same,
+        text_ids=np.arange(3, dtype=np.int32),
     )
     assert output.loss == 0 and output.accuracy_t2v == 1
 
