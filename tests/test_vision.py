@@ -152,6 +152,14 @@ def test_masked_patches_have_no_influence():
     )
 
 
+def test_unattended_tokens_are_as_if_not_visible():
+    ours, _ = make_pair()
+    mask = np.tile(np.array([True, True, False, True, False]), (2, 1))
+    masked = jax.jit(lambda: ours.encoder(video(), visible=VISIBLE, mask=mask).tokens)()
+    fewer = encode(ours.encoder, video(), VISIBLE[:, mask[0]]).tokens
+    np.testing.assert_allclose(masked[:, mask[0]], fewer, atol=1e-5)
+
+
 def test_an_image_is_a_video_of_one_frame():
     ours, theirs = make_pair()
     every = np.tile(np.arange(PATCHES, dtype=np.int32), (2, 1))

@@ -222,8 +222,26 @@ class CrossAttention(nnx.Module):
         key: Array | None = None,
     ) -> Array:
         """x [b, n, d], context [b, m, e], mask bool [b, m] over the context -> [b, n, d]."""
-        (q,) = self._project(x, self.query, self.query_bias)
+        k, v = self.keys_values(context)
+        return self.attend(x, k, v, mask=mask, dropout_rate=dropout_rate, key=key)
+
+    def keys_values(self, context: Array) -> tuple[Array, Array]:
+        """[b, m, e] -> two of [b, m, h, c]: for contexts that several x share."""
         k, v = self._project(context, self.key_value, self.key_value_bias)
+        return k, v
+
+    def attend(
+        self,
+        x: Array,
+        k: Array,
+        v: Array,
+        *,
+        mask: Array | None = None,
+        dropout_rate: float = 0.0,
+        key: Array | None = None,
+    ) -> Array:
+        """`__call__` with what `keys_values` returned."""
+        (q,) = self._project(x, self.query, self.query_bias)
         y = dot_product_attention(q, k, v, mask=mask, dropout_rate=dropout_rate, key=key)
         return self.out(_merge_heads(y))
 

@@ -76,6 +76,7 @@ class VisionEncoder(nnx.Module):
         video: Array,
         *,
         visible: Array | None = None,
+        mask: Array | None = None,
         key: Array | None = None,
         taps: int = 0,
     ) -> VisionOutput:
@@ -84,6 +85,8 @@ class VisionEncoder(nnx.Module):
         Args:
           video: float [B, T, H, W, 3], normalised with the ImageNet constants.
           visible: int32 [B, V], indices of the tokens to encode, or None for all T * N.
+          mask: bool [B, V], which of these may be attended to, or None for all. The outputs of the
+            others mean nothing.
           key: for stochastic depth; None runs deterministically.
           taps: also return the outputs of the last `taps` layers.
         """
@@ -102,6 +105,7 @@ class VisionEncoder(nnx.Module):
             key=key,
             drop_path_rates=jnp.asarray(self.drop_path_rates, jnp.float32),
             taps=taps,
+            call=lambda block, x, key, rate: block(x, mask=mask, key=key, drop_path_rate=rate),
         )
         if not taps:
             return VisionOutput(tokens=self.norm(x), taps=None)

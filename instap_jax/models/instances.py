@@ -1,0 +1,149 @@
+"""Instances of stage 2: crops cut on the device, and their look at the whole scene (PAPER 4).
+
+An instance's boxes are cut out of frames that are already on the device, the same encoder f turns
+the crops into tokens C, and cross-attention to the scene's tokens V contextualises them.
+
+Axis letters: g groups, b samples of a group, n instances of a group, t frames, l crop tokens,
+m scene tokens, d width, S crop size. `parent` int32 [g, n] names the sample, of its own group, that
+an instance belongs to: no gather leaves its group.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from instap_jax.models.layers import CrossAttention, LayerNorm, scan_blocks, stack
+from instap_jax.models.preprocess import crop_and_resize
+from instap_jax.models.vision import NORM_EPSILON
+
+Array = jax.Array
+
+
+def instance_crops(
+    frames: Array, extent: Array, boxes: Array, parent: Array, size: int, *, flip: Array
+) -> Array:
+    """Cuts every instance out of the frames of its sample.
+
+    The boxes follow the annotation, not the random view of the sample: a crop shows the whole
+    instance, whatever part of the picture the scene branch sees. Where the instance is absent the
+    batch holds its nearest box; mask those frames with `token_mask`.
+
+    Args:
+      frames: uint8 [g, b, t, H, W, 3]. extent: float32 [g, b, 2].
+      boxes: float32 [g, n, t, 4], fractions of the picture. parent: int32 [g, n].
+      size: S in pixels.
+      flip: bool [g, b], as drawn for the samples: an instance is mirrored with its scene.
+
+    Returns:
+      float32 [g, n, t, S, S, 3] in [0, 255].
+    """
+
+    def crop_group(frames, extent, flip, boxes, parent):
+        def crop(instance):
+            boxes, sample = instance
+            return crop_and_resize(frames[sample], boxes, extent[sample], size, flip=flip[sample])
+
+        # One instance of each group after the other: gathered at once, the frames of all
+        # instances as float32 would be the largest buffer of the step.
+        return lax.map(crop, (boxes, parent))
+
+    return jax.vmap(crop_group)(frames, extent, flip, boxes, parent)
+
+
+def token_mask(present: Array, patches: int) -> Array:
+    """bool [..., t] of frames -> bool [..., t * patches] of their tokens."""
+    return jnp.repeat(present, patches, axis=-1)
+
+
+def masked_mean(tokens: Array, mask: Array) -> Array:
+    """Mean of the tokens that the mask names; zeros where it names none.
+
+    Args:
+      tokens: [..., l, d]. mask: bool [..., l].
+
+    Returns:
+      float32 [..., d].
+    """
+    total = jnp.where(mask[..., None], tokens, 0).sum(axis=-2, dtype=jnp.float32)
+    return total / jnp.maximum(mask.sum(axis=-1, dtype=jnp.float32), 1.0)[..., None]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InstanceOutput:
+    """Attributes:
+    tokens: [g, n, l, d], Z of equation (5), in the compute dtype; meaningless where masked.
+    pooled: float32 [g, n, d], z of equation (6), the mean of Z over the tokens in the mask.
+    """
+
+    tokens: Array
+    pooled: Array
+
+
+class InstanceCrossAttention(nnx.Module):
+    """Equations (5) and (6): crop tokens look at their whole scene. W_v of (7) is the assembly's.
+
+    Args:
+      width: d, of crop and scene tokens.
+      depth: blocks in a row (the paper: one).
+    """
+
+    def __init__(
+        self, width: int, heads: int, *, depth: int, dtype: Any, remat: str, rngs: nnx.Rngs
+    ):
+        def create(rngs: nnx.Rngs) -> SceneBlock:
+            return SceneBlock(width, heads, dtype=dtype, rngs=rngs)
+
+        self.blocks = stack(create, depth, rngs)
+        self.dtype = dtype
+        self.remat = remat
+
+    def __call__(
+        self,
+        crops: Array,
+        scenes: Array,
+        parent: Array,
+        *,
+        mask: Array,
+        scene_mask: Array | None = None,
+    ) -> InstanceOutput:
+        """Contextualises crop tokens.
+
+        Args:
+          crops: [g, n, l, d]. scenes: [g, b, m, d]. parent: int32 [g, n].
+          mask: bool [g, n, l], the crop tokens of frames in which the instance is present.
+          scene_mask: bool [g, b, m], scene tokens that exist; None: all.
+        """
+        tokens, _ = scan_blocks(
+            self.blocks,
+            crops.astype(self.dtype),
+            remat=self.remat,
+            call=lambda block, x, key, rate: block(x, scenes, parent, mask=scene_mask),
+        )
+        return InstanceOutput(tokens=tokens, pooled=masked_mean(tokens, mask))
+
+
+class SceneBlock(nnx.Module):
+    """C + attention(query norm(C), key and value norm(V)): pre-norm, with residual, no MLP."""
+
+    def __init__(self, width: int, heads: int, *, dtype: Any, rngs: nnx.Rngs):
+        self.norm = LayerNorm(width, eps=NORM_EPSILON, dtype=dtype)
+        self.scene_norm = LayerNorm(width, eps=NORM_EPSILON, dtype=dtype)
+        self.attention = CrossAttention(width, width, heads, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, crops: Array, scenes: Array, parent: Array, *, mask: Array | None = None
+    ) -> Array:
+        """crops [g, n, l, d], scenes [g, b, m, d], parent [g, n], mask [g, b, m] -> as crops."""
+
+        def attend_group(crops, scenes, parent, mask):
+            # Keys and values once per scene, then shared by its instances.
+            k, v = self.attention.keys_values(self.scene_norm(scenes))
+            mask = None if mask is None else mask[parent]
+            return self.attention.attend(self.norm(crops), k[parent], v[parent], mask=mask)
+
+        return crops + jax.vmap(attend_group)(crops, scenes, parent, mask)
