@@ -65,8 +65,8 @@ def choose_visible(
     With 'topk' NaN ranks below everything.
 
     Args:
-      choice: 'sample' or 'topk'.
       count: v, visible tokens of the clip (`visible_count`); a multiple of `frames`.
+      choice: 'sample' or 'topk'.
 
     Returns:
       Indices into the l tokens, strictly increasing in each row.
