@@ -33,7 +33,6 @@ def default() -> ConfigDict:
     c.compute = _compute()
     c.checkpoint = _checkpoint()
     c.log = _log()
-    c.evaluate = _evaluate()
     return c
 
 
@@ -189,14 +188,4 @@ def _log() -> ConfigDict:
     c.every = 20  # steps between lines of metrics.jsonl
     c.tensorboard = True
     c.wandb_project = placeholder(str)  # needs the extra [wandb]
-    return c
-
-
-def _evaluate() -> ConfigDict:
-    c = ConfigDict()
-    # Suites of `instap evaluate`, 'DIR:SPLIT' separated by commas.
-    c.videos = ""
-    c.images = ""
-    c.batch_size = 32
-    c.frames = placeholder(int)  # unset: data.frames
     return c

@@ -58,7 +58,6 @@ POSITIVE = (
     "checkpoint.every",
     "checkpoint.keep",
     "log.every",
-    "evaluate.batch_size",
 )
 
 # What may differ when a run goes on: it changes speed, output or length, not the result of a step.
@@ -73,7 +72,6 @@ MAY_CHANGE = (
     "checkpoint.every",
     "checkpoint.keep",
     "log",
-    "evaluate",
 )
 
 

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from absl import flags
+from absl import flags, logging
 
 from instap_jax import __version__
 from instap_jax.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
@@ -60,6 +60,7 @@ def _run(verb: str, args: list[str]) -> int:
     values = flags.FlagValues()
     sys.argv = [f"instap {verb}", *args]  # where config_flags looks for overrides
     flags.FLAGS.mark_as_parsed()  # grain's workers read the global ones
+    logging.set_verbosity(logging.ERROR)  # our libraries warn of what is as it should be
     module.define_flags(values)
     if any(arg in ("-h", "--help") for arg in args):
         print(f"instap {verb}: {VERBS[verb]}\n{_flag_help(values)}")

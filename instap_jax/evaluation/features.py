@@ -1,0 +1,252 @@
+"""Embeddings of a whole suite by a trained model: clips, captions, and the entities of each clip.
+
+What a clip's embedding is depends on the stage of the run:
+  teacher   mean over the frames of CLIP's class token; text by the same CLIP.
+  distill   mean over all tokens of the last distillation head's output, that is, in the teacher's
+            space; text by the teacher. Stage 1 sees no text: this measures what distillation kept.
+
+An entity's feature is the mean of the last layer's tokens whose patches its boxes cover, weighted
+by the covered area, over the frames in which it is present.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from instap_jax import config_check, sharding
+from instap_jax.data.pipeline import evaluation_groups
+from instap_jax.data.records import RecordSource, open_source
+from instap_jax.errors import UserError
+from instap_jax.models import preprocess
+from instap_jax.models.distillation import Student
+from instap_jax.models.teacher import ClipModel
+from instap_jax.progress import Progress
+from instap_jax.train import checkpoint
+from instap_jax.train.objectives import OBJECTIVES, embed_frames
+from instap_jax.train.state import shardings, with_sharding
+from instap_jax.types import Batch, Kind
+
+# What embedding a batch reads of it.
+SAMPLE_KEYS = ("frames", "extent", "text")
+INSTANCE_KEYS = ("boxes", "present", "parent")
+
+Embed = Callable[[Any, Batch], dict[str, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """A trained model, ready to embed batches.
+
+    Attributes:
+      config: of the run, with the tokenizer and text encoder that captions are read with.
+      params: of everything that `embed` needs.
+      embed: (params, batch [1, b, ...]) -> {'video' [b, p], 'text' [b, p], 'entity' [n, d]},
+        float32; video and text l2-normalised.
+      weights: whose they are, for the protocol; `step` of training.
+    """
+
+    config: ConfigDict
+    params: Any
+    embed: Embed
+    weights: str
+    step: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SuiteFeatures:
+    """One suite, record by record.
+
+    Attributes:
+      video, text: float32 [N, p], l2-normalised; row i of both is record i.
+      entity: float32 [M, d].
+      labels: M dicts, the `attributes` that the annotation gave the entity ({} without).
+      frames: T, frames of a clip.
+    """
+
+    name: str
+    video: np.ndarray
+    text: np.ndarray
+    entity: np.ndarray
+    labels: list[dict[str, Any]]
+    frames: int
+
+
+def load_encoder(workdir: Path, mesh: Mesh, *, random_weights: bool = False) -> Encoder:
+    """The newest checkpoint of a run as an encoder.
+
+    Args:
+      random_weights: take the run's model as it was before its first step (the baseline that a
+        probe of stage 1 is compared with), the teacher's text encoder as trained.
+
+    Raises:
+      UserError: no run or checkpoint there, or one that does not fit its config.
+    """
+    config = config_check.read(workdir)
+    step, _ = checkpoint.read_meta(str(workdir))
+    stage = OBJECTIVES[config.stage]
+    model, params = _load(config, stage.create, str(workdir), mesh, random_weights=random_weights)
+    clip, clip_params = model, params
+    if config.stage == "distill":
+        teacher = Path(config.teacher.checkpoint)
+        clip_config = config_check.read(teacher)
+        clip, clip_params = _load(clip_config, OBJECTIVES["teacher"].create, str(teacher), mesh)
+        config = _with_text_of(config, clip_config)
+    video = {"teacher": _clip_features, "distill": _student_features}[config.stage]
+
+    def embed(params, batch: Batch) -> dict[str, jax.Array]:
+        batch = {name: array[0] for name, array in batch.items()}
+        own, text = nnx.merge(model, params["model"]), nnx.merge(clip, params["clip"])
+        embedding, tokens = video(config, own, batch)
+        return {
+            "video": _unit(embedding),
+            "text": _unit(text.embed_texts(batch["text"])),
+            "entity": pool_boxes(tokens, batch["boxes"], batch["present"], batch["parent"]),
+        }
+
+    over_samples = NamedSharding(mesh, P(None, sharding.DATA_AXES))
+    whole = sharding.replicated(mesh)  # instances: their number need not divide
+    places = dict.fromkeys(SAMPLE_KEYS, over_samples) | dict.fromkeys(INSTANCE_KEYS, whole)
+    return Encoder(
+        config=config,
+        params={"model": params, "clip": clip_params},
+        embed=jax.jit(embed, in_shardings=(None, places), out_shardings=whole),
+        weights=_weights_name(config.stage) + (", random" if random_weights else ""),
+        step=0 if random_weights else step,
+    )
+
+
+def embed_suite(
+    encoder: Encoder, directory: str, split: str, kind: Kind, *, batch_size: int
+) -> SuiteFeatures:
+    """Embeds every record of a split, once.
+
+    Args:
+      batch_size: records a step; divided over the devices.
+
+    Raises:
+      UserError: the split cannot be opened, or one of its records cannot be read: a suite with
+        holes is another suite.
+    """
+    source = open_source(directory, split, kind)
+    frames = encoder.config.data.frames if kind is Kind.VIDEO else 1
+    found: dict[str, list[np.ndarray]] = {"video": [], "text": [], "entity": []}
+    batches = evaluation_groups(encoder.config, directory, split, kind, frames, batch_size)
+    with Progress(f"embed {split}", len(source)) as progress:
+        for batch in batches:
+            _refuse_faults(batch, source)
+            read = {name: batch[name] for name in SAMPLE_KEYS + INSTANCE_KEYS}
+            out = jax.device_get(encoder.embed(encoder.params, read))
+            valid = batch["sample_valid"][0]
+            found["video"].append(out["video"][valid])
+            found["text"].append(out["text"][valid])
+            found["entity"].append(out["entity"][batch["instance_valid"][0]])
+            progress.update(int(valid.sum()))
+    arrays = {name: np.concatenate(parts) for name, parts in found.items()}
+    labels = [dict(extra.get("attributes", {})) for extra in _instance_extras(source)]
+    return SuiteFeatures(name=split, labels=labels, frames=frames, **arrays)
+
+
+def pool_boxes(
+    tokens: jax.Array, boxes: jax.Array, present: jax.Array, parent: jax.Array
+) -> jax.Array:
+    """Mean of the tokens under each trajectory.
+
+    Args:
+      tokens: [b, t, p, d], p = side * side patches of the whole picture, row by row.
+      boxes: float32 [n, t, 4], x0 y0 x1 y1 as fractions of the picture.
+      present: bool [n, t]; other frames do not count.
+      parent: int32 [n], index into b.
+
+    Returns:
+      float32 [n, d]; zeros for an instance without any area.
+    """
+    side = round(tokens.shape[2] ** 0.5)
+    edges = jnp.arange(side + 1) / side
+
+    def overlap(low: jax.Array, high: jax.Array) -> jax.Array:
+        """[n, t] ends -> [n, t, side], covered length of every cell."""
+        cover = jnp.minimum(high[..., None], edges[1:]) - jnp.maximum(low[..., None], edges[:-1])
+        return jnp.maximum(cover, 0.0)
+
+    rows = overlap(boxes[..., 1], boxes[..., 3])
+    columns = overlap(boxes[..., 0], boxes[..., 2])
+    area = jnp.einsum("nty,ntx->ntyx", rows, columns) * present[..., None, None]
+    area = area.reshape((*area.shape[:2], -1))
+
+    def pool(one):
+        weight, index = one
+        return jnp.einsum("tp,tpd->d", weight, tokens[index].astype(jnp.float32))
+
+    total = jnp.maximum(area.sum((1, 2)), 1e-12)
+    return jax.lax.map(pool, (area, parent)) / total[:, None]
+
+
+def _load(config, create, workdir: str, mesh: Mesh, *, random_weights: bool = False):
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: create(config, nnx.Rngs(0))))
+    abstract = with_sharding(abstract, mesh)
+    if random_weights:
+
+        def init():
+            return nnx.state(create(config, nnx.Rngs(config.seed)))
+
+        return graphdef, jax.jit(init, out_shardings=shardings(abstract))()
+    return graphdef, checkpoint.read_params(workdir, abstract)
+
+
+def _clip_features(config: ConfigDict, model: ClipModel, batch: Batch):
+    video = _whole_picture(batch, config.teacher.image_size, preprocess.CLIP)
+    clips, frames = video.shape[:2]
+    tokens = model.visual(video.reshape((-1, *video.shape[2:])), taps=1).taps[-1]
+    return embed_frames(model, video), tokens.reshape((clips, frames, *tokens.shape[1:]))
+
+
+def _student_features(config: ConfigDict, model: Student, batch: Batch):
+    video = _whole_picture(batch, config.vision.image_size, preprocess.IMAGENET)
+    clips, frames = video.shape[:2]
+    tokens = model.encoder(video).tokens
+    return model(video)[-1].mean(1), tokens.reshape((clips, frames, -1, tokens.shape[-1]))
+
+
+def _whole_picture(batch: Batch, size: int, constants) -> jax.Array:
+    frames = batch["frames"]
+    boxes = preprocess.center_view(batch["extent"])
+    boxes = jnp.broadcast_to(boxes[:, None], (*frames.shape[:2], 4))
+    pixels = preprocess.crop_and_resize(frames, boxes, batch["extent"], size)
+    return preprocess.normalise(pixels, constants)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.float32)
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def _weights_name(stage: str) -> str:
+    return {"teacher": "teacher", "distill": "student, distillation head"}[stage]
+
+
+def _with_text_of(config: ConfigDict, other: ConfigDict) -> ConfigDict:
+    config = config.copy_and_resolve_references()
+    config.tokenizer, config.text = other.tokenizer, other.text
+    return config
+
+
+def _refuse_faults(batch: Batch, source: RecordSource) -> None:
+    for place in np.argwhere(batch["fault"]):
+        record = int(batch["record"][*place])
+        raise UserError(
+            f"{source.record_id(record)} cannot be read; a suite is measured whole or not at all"
+        )
+
+
+def _instance_extras(source: RecordSource):
+    for index in range(len(source)):
+        yield from source[index].instance_extra
