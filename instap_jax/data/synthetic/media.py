@@ -12,8 +12,10 @@ _JPEG_QUALITY = 92
 
 def write_clip(path: Path, frames: np.ndarray, fps: int) -> None:
     """Writes uint8 [t, h, w, 3] as H.264 (yuv420p, index at the front); h and w are even."""
-    options = {"preset": "veryfast", "crf": str(_QUALITY)}
-    # One thread and no version stamp: nothing but the pixels decides the bytes.
+    # One thread, no version stamp: nothing but the pixels decides the bytes. Macroblock-tree rate
+    # control is off because its SIMD code reads past the end of rows whose width is no multiple of
+    # the vector's, so that the bytes depended on what lay in memory.
+    options = {"preset": "veryfast", "crf": str(_QUALITY), "x264-params": "mbtree=0"}
     with av.open(
         str(path), "w", format="mp4", options={"movflags": "+faststart", "fflags": "+bitexact"}
     ) as container:
