@@ -278,7 +278,10 @@ class _Memory:
 
 
 def fitting_size(height: int, width: int, canvas: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of a picture scaled down, aspect kept, to fit the canvas; never enlarged."""
+    """(height, width) of a picture scaled down, aspect kept, to fit the canvas; never enlarged.
+
+    A picture so thin that its short side would vanish keeps one pixel there, and does not fit.
+    """
     if height <= canvas[0] and width <= canvas[1]:
         return height, width
     short = _fitting_short_side(height, width, canvas)
@@ -311,6 +314,8 @@ def _decode_into(canvas: np.ndarray, record: Record, chosen: np.ndarray) -> tupl
       (height, width) of the pictures in pixels.
     """
     height, width = fitting_size(*record.size, canvas.shape[1:3])
+    if height > canvas.shape[1] or width > canvas.shape[2]:
+        raise _BadSample(Fault.WRONG_SHAPE)
     canvas[:, height:] = 0
     canvas[:, :height, width:] = 0
     try:

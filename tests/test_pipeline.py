@@ -1,0 +1,569 @@
+"""The grain pipeline: one stream on any hosts and workers, resume, faults, captions, evaluation."""
+
+import collections
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from clips import CLIPS, SIZE, caption, color, write_corpus
+from ml_collections import ConfigDict
+
+from instap_jax.config import default
+from instap_jax.data import media, pipeline
+from instap_jax.data.captions import split_sentences, text_hash
+from instap_jax.data.groups import fitting_size
+from instap_jax.data.pipeline import Corpus, FaultMonitor, evaluation_groups, parse_corpora
+from instap_jax.data.records import CorruptRecordError, open_source
+from instap_jax.errors import UserError
+from instap_jax.types import Batch, Fault, Kind, Record
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("pipeline")
+    write_corpus(root)
+    return root
+
+
+@pytest.fixture
+def config(corpus) -> ConfigDict:
+    c = default()
+    c.stage = "teacher"
+    c.data.update(videos=f"{corpus}/jpeg:train", frames=4, canvas=(40, 48), workers=0, prefetch=1)
+    c.tokenizer.path = str(corpus / "t.model")
+    c.tokenizer.length = 48
+    return c
+
+
+def open_loader(config: ConfigDict, groups=2, group_size=2, host_index=0, host_count=1):
+    return pipeline.make_loader(
+        config, kind=Kind.VIDEO, groups=groups, group_size=group_size,
+        host_index=host_index, host_count=host_count,
+    )  # fmt: skip
+
+
+def take(loader, count: int) -> list[Batch]:
+    try:
+        return [{name: np.array(a) for name, a in next(loader).items()} for _ in range(count)]
+    finally:
+        loader.close()
+
+
+def assert_equal(one: list[Batch], other: list[Batch]) -> None:
+    assert len(one) == len(other)
+    for a, b in zip(one, other):
+        assert a.keys() == b.keys() == Batch.__annotations__.keys()
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name], err_msg=name, strict=True)
+
+
+# --- corpora ------------------------------------------------------------------------------------
+
+
+def test_corpora_are_parsed():
+    assert parse_corpora("") == ()
+    assert parse_corpora(" a/b:train=2.5 , gs://bucket/d:img-1k") == (
+        Corpus("a/b", "train", 2.5),
+        Corpus("gs://bucket/d", "img_1k", 1.0),
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["a", "a:", ":train", "a:b=0", "a:b=x", "a:b=-1", "a:b=nan", "a:b="]
+)
+def test_bad_corpora_are_named(text):
+    with pytest.raises(UserError, match="corpus"):
+        parse_corpora(f"ok:train,{text}")
+
+
+def test_loader_faults(config, tmp_path):
+    def message() -> str:
+        with pytest.raises(UserError) as error:
+            open_loader(config)
+        return str(error.value)
+
+    config.tokenizer.path = str(tmp_path / "none.model")
+    assert "tokenizer.path" in message()
+    config.tokenizer.path = None
+    assert "instap tokenizer" in message()
+    config.data.videos = ""
+    assert "data.videos" in message()
+    config.data.videos = f"{tmp_path}:train"
+    assert "instap pack" in message()
+
+
+def test_groups_must_divide_among_hosts(config):
+    with pytest.raises(UserError, match="3 hosts"):
+        open_loader(config, host_count=3)
+
+
+# --- one stream, whatever the hosts and workers ---------------------------------------------------
+
+
+def test_hosts_see_parts_of_the_same_batches(config, corpus):
+    config.data.videos = f"{corpus}/jpeg:train=2,{corpus}/jpeg:more"
+    whole = take(open_loader(config, groups=4), 6)
+    for count in (2, 4):
+        parts = [
+            take(open_loader(config, groups=4, host_index=h, host_count=count), 6)
+            for h in range(count)
+        ]
+        joined = [
+            {name: np.concatenate([part[name] for part in step]) for name in step[0]}
+            for step in zip(*parts)
+        ]
+        assert_equal(joined, whole)
+
+
+def test_resume_in_mid_epoch_on_other_hosts_and_batches(config):
+    whole = take(open_loader(config), 6)
+    loader = open_loader(config)
+    for _ in range(3):
+        next(loader)
+    state = json.loads(json.dumps(loader.get_state()))
+    loader.close()
+    parts = []
+    for host in range(2):
+        resumed = open_loader(config, host_index=host, host_count=2)
+        next(resumed)  # a position it had is forgotten
+        resumed.set_state(state)
+        assert resumed.get_state() == state
+        parts.append(take(resumed, 3))
+    joined = [{n: np.concatenate([p[n] for p in step]) for n in step[0]} for step in zip(*parts)]
+    assert_equal(joined, whole[3:])
+    larger = open_loader(config, groups=3, group_size=4)  # the next batch, of another size
+    larger.set_state(state)
+    records = np.concatenate([batch["record"].ravel() for batch in whole[3:]])
+    np.testing.assert_array_equal(take(larger, 1)[0]["record"].ravel(), records)
+
+
+def test_workers_do_not_change_the_batches(config):
+    whole = take(open_loader(config), 7)
+    config.data.workers = 2
+    loader = open_loader(config)
+    first = [{name: np.array(a) for name, a in next(loader).items()} for _ in range(3)]
+    workers = psutil.Process().children(recursive=True)
+    loader.set_state(loader.get_state())  # stops them, starts new ones
+    assert_equal(first + take(loader, 4), whole)
+    _, alive = psutil.wait_procs(
+        [p for p in workers if "spawn_main" in " ".join(_command(p))], timeout=10
+    )
+    assert not alive
+
+
+def test_seed_and_shuffle(config, corpus):
+    def order(**changes) -> list[int]:
+        config.data.update(videos=f"{corpus}/jpeg:train", shuffle=changes.get("shuffle", True))
+        config.seed = changes.get("seed", 0)
+        return [int(r) for b in take(open_loader(config, 1, CLIPS), 2) for r in b["record"].ravel()]
+
+    plain = order(shuffle=False)
+    assert plain == [*range(CLIPS), *range(CLIPS)]
+    shuffled = order()
+    assert sorted(shuffled) == sorted(plain) and order() == shuffled != order(seed=1)
+    first, second = shuffled[:CLIPS], shuffled[CLIPS:]
+    assert sorted(first) == sorted(second) == list(range(CLIPS)) and first != second
+
+
+# --- what is in a batch ---------------------------------------------------------------------------
+
+
+def test_captions_cycle_by_the_epoch_of_their_own_corpus(config, corpus):
+    # 3 of 4 samples from 'more' (3 clips) and 1 from 'train' (7): their epochs drift apart.
+    config.data.videos = f"{corpus}/jpeg:train=1,{corpus}/jpeg:more=3"
+    sources = [open_source(f"{corpus}/jpeg", split, Kind.VIDEO) for split in ("train", "more")]
+    seen = collections.Counter()
+    for batch in take(open_loader(config, groups=1, group_size=4), 30):
+        for place in np.ndindex(batch["record"].shape):
+            sample = int(batch["corpus"][place]), int(batch["record"][place])
+            epoch = seen[sample]
+            seen[sample] += 1
+            record = sources[sample[0]][sample[1]]
+            sentences = split_sentences(record.captions[0])
+            assert len(sentences) == 3
+            assert batch["text_hash"][place] == text_hash(sentences[epoch % 3])
+            assert batch["media_hash"][place] == text_hash(f"{sample[0]}/{record.id}")
+            for slot in np.flatnonzero(batch["instance_valid"][place[0]]):
+                if batch["parent"][place[0], slot] == place[1]:
+                    texts = [split_sentences(c[0])[epoch % 3] for c in record.instance_captions]
+                    hashes = [text_hash(text) for text in texts]
+                    assert batch["instance_text_hash"][place[0], slot] in hashes
+    assert sum(n for (c, _), n in seen.items() if c == 1) == 90  # by weight
+    for c, size in ((0, CLIPS), (1, 3)):  # and evenly within a corpus
+        turns = [n for (corpus_, _), n in seen.items() if corpus_ == c]
+        assert len(turns) == size and max(turns) - min(turns) <= 1
+
+
+@pytest.mark.parametrize("encoding", ["jpeg", "mp4"])
+@pytest.mark.parametrize("sampling", ["random", "uniform"])
+def test_pixels_boxes_and_texts_belong_together(config, corpus, encoding, sampling):
+    config.data.videos = f"{corpus}/{encoding}:train"
+    config.data.sampling = sampling
+    source = open_source(f"{corpus}/{encoding}", "train", Kind.VIDEO)
+    for batch in take(open_loader(config, groups=2, group_size=3), 4):
+        assert batch["sample_valid"].all() and not batch["fault"].any()
+        np.testing.assert_allclose(batch["extent"], np.broadcast_to([34 / 40, 46 / 48], (2, 3, 2)))
+        assert not batch["frames"][..., 34:, :, :].any() and not batch["frames"][..., 46:, :].any()
+        for g, b in np.ndindex(2, 3):
+            record = source[batch["record"][g, b]]
+            clip = int(record.id.split("-")[1])
+            picture = batch["frames"][g, b, :, :34, :46].astype(float).mean((1, 2))
+            frames = np.rint((picture[:, 1] - 20) / 18).astype(int)
+            expected = [color(clip, frame) for frame in frames]
+            np.testing.assert_allclose(picture, expected, atol=6)
+            grid = [int(np.flatnonzero(record.frame_index == frame)[0]) for frame in frames]
+            if sampling == "uniform":
+                f = len(record.frame_index)
+                assert grid == [math.floor((i + 0.5) * f / 4) for i in range(4)]
+            _check_instances(batch, g, b, record, grid)
+
+
+def _check_instances(batch: Batch, g: int, b: int, record: Record, grid: list[int]) -> None:
+    slots = np.flatnonzero(batch["instance_valid"][g] & (batch["parent"][g] == b))
+    shown = [k for k in range(len(record.instance_ids)) if record.present[k, grid].any()]
+    assert len(slots) == len(shown)  # the budget is large enough here
+    for slot, k in zip(slots, shown):
+        np.testing.assert_array_equal(batch["boxes"][g, slot], record.boxes[k, grid])
+        np.testing.assert_array_equal(batch["present"][g, slot], record.present[k, grid])
+        text = split_sentences(record.instance_captions[k][0])
+        assert batch["instance_text_hash"][g, slot] in [text_hash(t) for t in text]
+
+
+def test_keep_side_is_set_by_the_sentences_in_use(config):
+    hashes = {text_hash("Seen on the left."): True, text_hash("Thing 0 of 3."): False}
+    met = collections.Counter()
+    for batch in take(open_loader(config), 12):
+        for g, b in np.ndindex(batch["record"].shape):
+            used = batch["instance_valid"][g] & (batch["parent"][g] == b)
+            side = any(hashes.get(int(h), False) for h in batch["instance_text_hash"][g][used])
+            assert batch["keep_side"][g, b] == side
+            met[side] += 1
+    assert min(met[True], met[False]) > 3
+
+
+def test_texts_are_those_of_the_tokenizer(config):
+    tokenizer = pipeline.load_tokenizer(config.tokenizer)
+    batch = take(open_loader(config), 1)[0]
+    texts = {text_hash(s): s for c in range(CLIPS) for s in split_sentences(caption(c))}
+    for place in np.ndindex(batch["record"].shape):
+        text = texts[int(batch["text_hash"][place])]
+        np.testing.assert_array_equal(batch["text"][place], tokenizer.encode(text, 48))
+    assert not batch["instance_text"][~batch["instance_valid"]].any()
+    config.stage, config.tokenizer.path = "distill", None  # no text needed: none made
+    assert not take(open_loader(config), 1)[0]["text"].any()
+
+
+def test_too_many_instances_are_dropped_and_counted(config):
+    config.data.instances_per_sample = 1
+    totals = collections.Counter()
+    for batch in take(open_loader(config, groups=1, group_size=CLIPS), 8):
+        valid = batch["instance_valid"][0]
+        assert len(valid) == CLIPS  # n = ceil(b * instances_per_sample)
+        if batch["dropped"][0]:
+            assert valid.all()
+        totals["kept"] += valid.sum()
+        totals["dropped"] += batch["dropped"][0]
+        per_sample = np.bincount(batch["parent"][0][valid], minlength=CLIPS)
+        assert per_sample.max() <= 2  # 0 to 3 instances each: nobody keeps three of seven
+    # 7 clips with 0 to 3 instances: 9 of them, less those of one instance that comes in too short.
+    assert totals["dropped"] and totals["kept"] + totals["dropped"] <= 8 * 9
+
+
+@pytest.mark.parametrize(("encoding", "canvas"), [("jpeg", (20, 20)), ("mp4", (17, 64))])
+def test_large_pictures_are_scaled_down(config, corpus, encoding, canvas):
+    config.data.videos, config.data.canvas = f"{corpus}/{encoding}:train", canvas
+    batch = take(open_loader(config, groups=1, group_size=CLIPS), 1)[0]
+    height, width = fitting_size(*SIZE, canvas)
+    assert (height, width) in ((14, 19), (17, 23))
+    np.testing.assert_allclose(batch["extent"][0, 0], [height / canvas[0], width / canvas[1]])
+    picture = batch["frames"][..., :height, :width, :]
+    assert (picture[..., 0] > 20).all() and batch["sample_valid"].all()
+    assert not batch["frames"][..., height:, :, :].any()
+    assert not batch["frames"][..., width:, :].any()
+
+
+def test_batches_that_are_kept_are_not_overwritten(config):
+    loader = open_loader(config)
+    kept = [next(loader) for _ in range(4)]
+    copies = [{name: np.array(a) for name, a in batch.items()} for batch in kept]
+    views = [batch["frames"][0, 0] for batch in kept]
+    for _ in range(4):
+        next(loader)
+    assert_equal(kept, copies)
+    del kept
+    for _ in range(4):
+        next(loader)
+    for view, copy in zip(views, copies):
+        np.testing.assert_array_equal(view, copy["frames"][0, 0])
+    loader.close()
+
+
+# --- bad samples ---------------------------------------------------------------------------------
+
+
+class Memory:
+    """A record source over records in memory; an exception in a record's place is raised."""
+
+    def __init__(self, records: list):
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Record:
+        if isinstance(self.records[index], Exception):
+            raise self.records[index]
+        return self.records[index]
+
+    def record_id(self, index: int) -> str:
+        return f"sample-{index}"
+
+
+def make_record(clip: int = 0, **changes) -> Record:
+    """Four equal frames of a clip with one instance; `changes` are fields of the record."""
+    array = np.full((*SIZE, 3), color(clip, 0), np.uint8)
+    values = {"id": f"m{clip}", "media": "", "kind": Kind.VIDEO, "source": "", "fps": 8.0}
+    values |= {"captions": (caption(clip),), "encoding": "jpeg", "size": SIZE, "extra": {}}
+    values["media_bytes"] = [media.encode_jpeg(array)] * 4
+    values |= make_instances(("Thing.",), np.ones((1, 4), bool))
+    return Record(**values | changes)
+
+
+def make_instances(captions: Sequence[str], present: np.ndarray) -> dict:
+    """The fields of a record with so many instances, in the frames that `present` [k, f] says."""
+    count, frames = present.shape
+    return {
+        "frame_index": np.arange(frames, dtype=np.int32),
+        "instance_ids": tuple(map(str, range(count))),
+        "categories": ("",) * count,
+        "instance_captions": tuple((text,) for text in captions),
+        "boxes": np.full((count, frames, 4), 0.5, np.float32),
+        "present": present,
+        "instance_extra": ({},) * count,
+    }
+
+
+BAD = {
+    "corrupt record": (CorruptRecordError("x"), Fault.CORRUPT_RECORD),
+    "truncated jpeg": (
+        make_record(media_bytes=[make_record().media_bytes[0][:-200]] * 4),
+        Fault.UNDECODABLE_MEDIA,
+    ),
+    "last frame damaged": (
+        make_record(media_bytes=[*make_record().media_bytes[:3], b"garbage"]),
+        Fault.UNDECODABLE_MEDIA,
+    ),
+    "truncated mp4": (
+        make_record(encoding="mp4", media_bytes=[b"\0\0\0\x18ftypmp42"]),
+        Fault.UNDECODABLE_MEDIA,
+    ),
+    "no frames": (
+        make_record(media_bytes=[], **make_instances(("Thing.",), np.zeros((1, 0), bool))),
+        Fault.NO_FRAMES,
+    ),
+    "empty caption": (make_record(captions=(" ", "")), Fault.EMPTY_CAPTION),
+    "another size": (make_record(size=(30, 40)), Fault.WRONG_SHAPE),
+    "boxes of another clip": (make_record(boxes=np.zeros((1, 3, 4))), Fault.WRONG_SHAPE),
+    "a line of pixels": (make_record(size=(1, 16000)), Fault.WRONG_SHAPE),
+}
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    def use(*records) -> None:
+        monkeypatch.setattr(pipeline, "open_source", lambda *_: Memory(list(records)))
+
+    return use
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_samples_are_masked_and_named(config, memory, name):
+    bad, fault = BAD[name]
+    config.data.shuffle = False
+    memory(make_record(1), bad, make_record(2))
+    loader = open_loader(config, groups=1, group_size=3)
+    batch = take(loader, 2)[1]
+    assert batch["sample_valid"].tolist() == [[True, False, True]]
+    assert batch["fault"].tolist() == [[0, fault, 0]]
+    assert batch["record"].tolist() == [[0, 1, 2]]
+    for key in ("frames", "extent", "text", "media_hash", "text_hash", "keep_side"):
+        assert not batch[key][0, 1].any(), key
+        assert batch[key][0, 2].any() or key == "keep_side"
+    assert batch["parent"][0][batch["instance_valid"][0]].tolist() == [0, 2]
+    assert loader.sample_id(0, 1) == "sample-1"
+
+
+def test_instances_without_a_sentence_or_out_of_sight_are_not_used(config, memory):
+    present = np.ones((3, 4), bool)
+    present[1] = False
+    memory(make_record(**make_instances(("A.", "B.", ""), present)))
+    batch = take(open_loader(config, groups=1, group_size=1), 1)[0]
+    assert batch["instance_text_hash"][batch["instance_valid"]].tolist() == [text_hash("A.")]
+    assert not batch["fault"].any() and not batch["dropped"].any()
+
+
+def test_fault_monitor_stops_above_the_rate(config, memory):
+    config.data.shuffle = False
+    memory(*[make_record()] * 8, CorruptRecordError("x"), BAD["truncated jpeg"][0])
+    loader = open_loader(config, groups=1, group_size=10)
+    monitor = FaultMonitor(loader)
+    for _ in range(FaultMonitor.MIN_SAMPLES // 10 - 1):
+        monitor.update(next(loader))
+        monitor.check(0.01)  # too few samples to tell
+    monitor.update(next(loader))
+    loader.close()
+    assert monitor.counts() == {"CORRUPT_RECORD": 20, "UNDECODABLE_MEDIA": 20}
+    monitor.check(0.2)
+    with pytest.raises(UserError) as error:
+        monitor.check(0.19)
+    text = str(error.value)
+    assert "40 of 200" in text and "\n" not in text and "CORRUPT_RECORD 20" in text
+    assert "sample-8 (CORRUPT_RECORD)" in text and "sample-9 (UNDECODABLE_MEDIA)" in text
+
+
+def test_any_mixture_of_bad_samples_keeps_captions_with_their_media(config, memory):
+    bad = [record for record, _ in BAD.values()]
+    good = [make_record(clip) for clip in range(CLIPS)]
+    memory(*[r for pair in zip(good, bad) for r in pair])
+    for batch in take(open_loader(config, groups=1, group_size=5), 12):
+        for b in np.flatnonzero(batch["sample_valid"][0]):
+            clip = int(batch["record"][0, b]) // 2
+            red = batch["frames"][0, b, :, :34, :46, 0].mean()
+            assert abs(red - color(clip, 0)[0]) < 6
+            hashes = [text_hash(s) for s in split_sentences(caption(clip))]
+            assert batch["text_hash"][0, b] in hashes
+        assert (batch["sample_valid"] == (batch["fault"] == 0)).all()
+
+
+# --- evaluation ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host_count", [1, 2])
+def test_evaluation_covers_a_split_once_in_order(config, corpus, host_count):
+    hosts = [
+        list(evaluation_groups(config, f"{corpus}/jpeg", "train", Kind.VIDEO, 4, 3, h, host_count))
+        for h in range(host_count)
+    ]
+    steps = [batch for step in zip(*hosts, strict=True) for batch in step]
+    records, texts, instances = [], [], 0
+    for batch in steps:
+        assert batch["frames"].shape == steps[0]["frames"].shape == (1, 3, 4, 40, 48, 3)
+        assert batch["boxes"].shape == steps[0]["boxes"].shape
+        assert not batch["fault"].any() and not batch["dropped"].any()
+        records += batch["record"][batch["sample_valid"]].tolist()
+        texts += batch["text_hash"][batch["sample_valid"]].tolist()
+        assert not batch["frames"][~batch["sample_valid"]].any()
+        assert batch["present"].any(axis=2)[batch["instance_valid"]].all()
+        instances += int(batch["instance_valid"].sum())
+    assert records == list(range(CLIPS))
+    source = open_source(f"{corpus}/jpeg", "train", Kind.VIDEO)
+    assert instances == sum(len(r.instance_ids) for r in source)  # also those seen in no frame
+    assert texts == [text_hash(r.captions[0]) for r in source]  # whole captions
+
+
+def test_an_instance_between_the_frames_is_shown_in_the_nearest(config, memory):
+    present = np.zeros((2, 12), bool)
+    present[0, 3] = True  # the chosen frames are 1, 4, 7 and 10
+    twelve = make_record().media_bytes * 3
+    memory(make_record(media_bytes=twelve, **make_instances(("A. B.",) * 2, present)))
+    batch = next(evaluation_groups(config, "", "", Kind.VIDEO, 4, 1))
+    assert batch["present"][0, 0].tolist() == [False, True, False, False]
+    assert batch["present"][0, 1].sum() == 1 and batch["instance_valid"].all()
+    assert batch["instance_text_hash"][0, 0] == text_hash("A. B.")
+
+
+# --- processes -----------------------------------------------------------------------------------
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def test_nothing_of_ours_needs_jax(config):
+    code = f"""
+import sys
+sys.modules["jax"] = None  # importing it fails
+from ml_collections import ConfigDict
+from absl import flags
+flags.FLAGS.mark_as_parsed()
+from instap_jax.data import pipeline
+from instap_jax.types import Kind
+config = ConfigDict({config.to_dict()!r})
+loader = pipeline.make_loader(config, kind=Kind.VIDEO, groups=1, group_size=2, host_index=0,
+                              host_count=1)
+print(next(loader)["frames"].shape)
+loader.close()
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == "(1, 2, 4, 40, 48, 3)", run.stderr
+
+
+SCRIPT = """
+import sys, time
+from absl import flags
+from ml_collections import ConfigDict
+from instap_jax.data import pipeline
+from instap_jax.types import Kind
+
+def main(config):
+    flags.FLAGS.mark_as_parsed()
+    loader = pipeline.make_loader(config, kind=Kind.VIDEO, groups=1, group_size=2, host_index=0,
+                                  host_count=1)
+    print("starting", flush=True)
+    try:
+        while True:
+            next(loader)
+            print("batch", flush=True)
+            time.sleep(0.05)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        loader.close()
+
+if __name__ == "__main__":
+    main(ConfigDict({config}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "how", "code"),
+    [
+        ("batch", signal.SIGINT, 130),
+        ("starting", signal.SIGINT, 130),
+        ("batch", signal.SIGKILL, -9),
+    ],
+)
+def test_no_process_is_left_behind(config, tmp_path, moment, how, code):
+    config.data.workers = 1
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT.replace("{config}", repr(config.to_dict())))
+    run = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    while run.stdout.readline().strip() != moment:
+        assert run.poll() is None, run.stderr.read()
+    if moment == "starting":
+        time.sleep(0.6)  # while the workers import
+    children = psutil.Process(run.pid).children(recursive=True)
+    if how == signal.SIGINT:
+        os.killpg(run.pid, how)  # as a terminal does
+    else:
+        run.kill()
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == code
+    assert "Traceback" not in errors and "KeyboardInterrupt" not in errors, errors
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
