@@ -19,9 +19,11 @@ from instap_jax.data import captions as subsampling
 from instap_jax.data import validation
 from instap_jax.data.schema import read_annotations, sample_to_json
 from instap_jax.data.synthetic import backgrounds, generate, language, media, samples, scene
+from instap_jax.data.synthetic.captions import Description
 from instap_jax.data.synthetic.render import render
 from instap_jax.data.synthetic.samples import Drawn, Format
 from instap_jax.errors import UserError
+from instap_jax.types import Kind, Sample
 
 FORM = Format()
 SMALL = Format(width=64, height=48, frames=8)
@@ -251,6 +253,24 @@ def test_boxes_are_tight_and_visible_only():
     assert gaps and result.present[0, 0] and result.present[0, -1]
     assert not result.present[1, 0]  # still outside
     assert result.covered[0, 1] > 0.9 and result.covered[1, 0] == 0
+
+
+def test_annotated_boxes_give_back_every_frame():
+    """Rows left out are those that interpolation gives back; what is hidden is named as absent."""
+    x = np.concatenate([np.full(4, -0.4), np.linspace(-0.3, 1.1, 12), np.full(4, 1.1)])
+    stage = staged(one("circle", np.full(20, 0.5), 0.5, 0.3), one("square", x, 0.5, 0.4))
+    result = render(stage, 96, 128)
+    description = Description(("A.",), ())
+    for k in range(2):
+        instance = samples._instance(stage, result, description, k)
+        sample = Sample(
+            id="a", media="a.mp4", kind=Kind.VIDEO, split="train", source="", captions=("A.",),
+            unit_boxes=False, instances=(instance,), line=0,
+        )  # fmt: skip
+        again = reader.Measured(sample_to_json(sample), 20, (128, 96)).boxes[0]
+        expected = np.where(result.present[k, :, None], result.boxes[k], np.nan)
+        np.testing.assert_array_equal(again, expected)
+        assert k or (len(instance.frames) < result.present[0].sum() and len(instance.absent) == 1)
 
 
 def test_spin_shows_on_every_look_that_may_spin():
