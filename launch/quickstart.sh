@@ -41,7 +41,7 @@ instap train --config=configs/tiny.py:stage1 --workdir="$out/stage1" \
 
 say "6/7 evaluate"
 for run in teacher stage1; do
-  instap evaluate --workdir="$out/$run" --task=retrieval,probe \
+  instap evaluate --workdir="$out/$run" --task=retrieval,probe --frames=4 \
     --videos="$packed:video_1k" --probe_videos="$packed:val_video" \
     --images="$packed:img_1k,$packed:img_zero_1k" --probe_images="$packed:val_img"
 done

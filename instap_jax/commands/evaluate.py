@@ -20,6 +20,13 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "batch_size", 32, "samples a step, over all devices", lower_bound=1, flag_values=values
     )
+    flags.DEFINE_integer(
+        "frames",
+        None,
+        "frames of a clip (default: as in training)",
+        lower_bound=1,
+        flag_values=values,
+    )
 
 
 def run(values: flags.FlagValues) -> None:
@@ -34,4 +41,5 @@ def run(values: flags.FlagValues) -> None:
             Kind.IMAGE: values["probe_images"].value,
         },
         batch_size=values["batch_size"].value,
+        frames=values["frames"].value,
     )

@@ -125,19 +125,26 @@ def load_encoder(workdir: Path, mesh: Mesh, *, random_weights: bool = False) -> 
 
 
 def embed_suite(
-    encoder: Encoder, directory: str, split: str, kind: Kind, *, batch_size: int
+    encoder: Encoder,
+    directory: str,
+    split: str,
+    kind: Kind,
+    *,
+    batch_size: int,
+    frames: int | None = None,
 ) -> SuiteFeatures:
     """Embeds every record of a split, once.
 
     Args:
       batch_size: records a step; divided over the devices.
+      frames: T of a clip; None: as many as the run was trained on.
 
     Raises:
       UserError: the split cannot be opened, or one of its records cannot be read: a suite with
         holes is another suite.
     """
     source = open_source(directory, split, kind)
-    frames = encoder.config.data.frames if kind is Kind.VIDEO else 1
+    frames = (frames or encoder.config.data.frames) if kind is Kind.VIDEO else 1
     found: dict[str, list[np.ndarray]] = {"video": [], "text": [], "entity": []}
     batches = evaluation_groups(encoder.config, directory, split, kind, frames, batch_size)
     with Progress(f"embed {split}", len(source)) as progress:

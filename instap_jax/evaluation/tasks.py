@@ -29,6 +29,7 @@ def evaluate(
     suites: dict[Kind, str],
     probe_fit: dict[Kind, str],
     batch_size: int,
+    frames: int | None,
 ) -> None:
     """Runs the tasks on every suite, prints their tables, writes `workdir/eval/TASK.json`.
 
@@ -38,6 +39,7 @@ def evaluate(
       suites: 'DIR:SPLIT,...' for each kind.
       probe_fit: 'DIR:SPLIT' on which the probes of that kind are fitted; never a suite itself.
       batch_size: records a step, over all devices.
+      frames: T of a clip; None: as many as the run was trained on.
 
     Raises:
       UserError: unknown task, no suite, or a suite that cannot be measured whole.
@@ -53,7 +55,7 @@ def evaluate(
         raise UserError("no suite: give --videos=DIR:SPLIT or --images=DIR:SPLIT")
     with jax.set_mesh(mesh):
         encoder = load_encoder(workdir, mesh)
-        session = Session(encoder, batch_size, probe_fit)
+        session = Session(encoder, probe_fit, batch_size=batch_size, frames=frames)
         measured: dict[str, list[Measurement]] = {task: [] for task in tasks}
         for kind, corpus in wanted:
             suite = session.read(corpus, kind)
@@ -67,16 +69,16 @@ def evaluate(
 class Session:
     """One encoder and what it has embedded so far: each split once, however many tasks want it."""
 
-    def __init__(self, encoder: Encoder, batch_size: int, probe_fit: dict[Kind, str]):
+    def __init__(self, encoder: Encoder, probe_fit: dict[Kind, str], **reading):
         self.encoder, self.probe_fit = encoder, probe_fit
-        self._batch_size = batch_size
+        self._reading = reading  # batch_size and frames of `embed_suite`
         self._done: dict[tuple[Corpus, Kind], SuiteFeatures] = {}
 
     def read(self, corpus: Corpus, kind: Kind) -> SuiteFeatures:
         key = corpus, kind
         if key not in self._done:
             self._done[key] = embed_suite(
-                self.encoder, corpus.directory, corpus.split, kind, batch_size=self._batch_size
+                self.encoder, corpus.directory, corpus.split, kind, **self._reading
             )
         return self._done[key]
 

@@ -1,0 +1,273 @@
+"""The main job in small: render, pack, train, resume, evaluate, report."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny import tiny_config
+
+from instap_jax import config_check, main, sharding
+from instap_jax.errors import UserError
+from instap_jax.train import checkpoint, loop
+from instap_jax.train.metrics import read_metrics
+from instap_jax.train.program import build_program
+
+TIMES = ("time", "examples_per_second", "step_seconds", "data_wait_seconds", "compute_seconds")
+
+
+def instap(*args: str) -> None:
+    assert main.main(args) == 0
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A directory with the embedded set, packed, and a tokenizer."""
+    root = tmp_path_factory.mktemp("made")
+    instap(
+        "synth", f"--out={root}/set", "--train_videos=24", "--train_images=24",
+        "--suite_size=12", "--val_size=12",
+    )  # fmt: skip
+    annotations = f"--annotations={root}/set/annotations.jsonl"
+    instap("pack", annotations, f"--media={root}/set/media", f"--out={root}/packed",
+           "--short_side=24", "--processes=1")  # fmt: skip
+    instap("tokenizer", annotations, f"--out={root}/tokenizer.model", "--vocab_size=320")
+    return root
+
+
+def teacher_config(made: Path, **changes):
+    data = {
+        "data.videos": f"{made}/packed:train",
+        "data.images": f"{made}/packed:train",
+        "tokenizer.path": f"{made}/tokenizer.model",
+    }
+    return tiny_config("teacher", **(data | changes))
+
+
+def student_config(made: Path, teacher: Path, **changes):
+    data = {"data.videos": f"{made}/packed:train", "teacher.checkpoint": str(teacher)}
+    return tiny_config("stage1", **(data | changes))
+
+
+def run(config, workdir: Path):
+    """What `instap train` does."""
+    config_check.check(config)
+    config_check.record(
+        config_check.LoadedConfig(config=config, file="test", overrides={}), workdir
+    )
+    return jax.device_get(loop.train(config, workdir))
+
+
+@pytest.fixture(scope="module")
+def teacher(made) -> Path:
+    workdir = made / "teacher"
+    run(teacher_config(made), workdir)
+    return workdir
+
+
+def assert_same(first, second) -> None:
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(second)):
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+
+
+def timeless(workdir: Path) -> list[dict]:
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(workdir)]
+
+
+def test_teacher_leaves_what_is_documented(teacher):
+    assert {path.name for path in teacher.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+    }
+    assert sorted(int(p.name) for p in (teacher / "checkpoints").iterdir()) == [2, 4, 6]
+    lines = read_metrics(teacher)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(np.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
+    assert {1.0} == {line.get("kind_image", 0) + line.get("kind_video", 0) for line in lines}
+    assert 0 <= lines[-1]["data_wait_seconds"] <= lines[-1]["step_seconds"]
+    step, meta = checkpoint.read_meta(str(teacher))
+    assert (step, meta["stage"]) == (6, "teacher")
+
+
+@pytest.mark.parametrize("stage", ["teacher", "distill"])
+def test_resumed_equals_uninterrupted_bit_for_bit(made, teacher, tmp_path, stage):
+    def config(**changes):
+        if stage == "teacher":
+            return teacher_config(made, **changes)
+        return student_config(made, teacher, **changes)
+
+    whole = run(config(), tmp_path / "whole")
+    parts = tmp_path / "parts"
+    run(config(stop_at=3), parts)  # between two regular checkpoints, mid-epoch
+    # Steps after the last checkpoint are lost in a crash: they are run again.
+    again = run(config(**{"data.device_prefetch": 0, "data.prefetch": 1}), parts)
+    assert_same(whole, again)
+    assert timeless(tmp_path / "whole") == timeless(parts)
+
+
+def test_crash_costs_the_steps_since_the_last_checkpoint(made, teacher, tmp_path, monkeypatch):
+    whole = run(student_config(made, teacher), tmp_path / "whole")
+    workdir = tmp_path / "run"
+    fetch, fetched = loop.Feed.__next__, []
+
+    def crash(self):
+        fetched.append(1)
+        if len(fetched) == 6:
+            raise KeyboardInterrupt
+        return fetch(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Feed, "__next__", crash)
+        with pytest.raises(KeyboardInterrupt):
+            run(student_config(made, teacher), workdir)
+    assert checkpoint.read_meta(str(workdir))[0] == 4
+    assert_same(whole, run(student_config(made, teacher), workdir))
+    assert timeless(tmp_path / "whole") == timeless(workdir)
+
+
+def test_other_device_layout_goes_on_with_the_same_batches(made, teacher, tmp_path):
+    fixed = {"data.group_size": 2}  # groups, and so batches, do not depend on the devices
+    run(student_config(made, teacher, stop_at=2, **fixed), tmp_path)
+    mesh = sharding.make_mesh(student_config(made, teacher).mesh, jax.devices()[:2])
+    changed = {"mesh.tensor": 2, "mesh.fsdp": 4}
+    other = run(student_config(made, teacher, **fixed, **changed), tmp_path)
+    one = run(student_config(made, teacher, **fixed), tmp_path.parent / "one")
+    assert mesh.size == 2
+    for a, b in zip(jax.tree.leaves(other.params), jax.tree.leaves(one.params)):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+    for a, b in zip(timeless(tmp_path), timeless(tmp_path.parent / "one")):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_finished_run_does_nothing_again(teacher, made, capsys):
+    run(teacher_config(made), teacher)
+    assert "already trained to step 6" in capsys.readouterr().out
+
+
+def test_init_from_takes_parameters_only(made, teacher, tmp_path):
+    config = teacher_config(made, stop_at=1, **{"checkpoint.init_from": str(teacher)})
+    config.optimizer.warmup_steps = 2  # the first step's rate is 0: parameters stay
+    state = run(config, tmp_path)
+    with jax.set_mesh(sharding.make_mesh(config.mesh)) as mesh:
+        mesh = sharding.make_mesh(config.mesh)
+        abstract = build_program(config, mesh).abstract
+        assert_same(state.params, checkpoint.read_params(str(teacher), abstract.params))
+    assert int(state.step) == 1
+
+
+def test_wrong_teacher_never_loads(made, teacher, tmp_path):
+    with pytest.raises(UserError, match=r"config\.teacher\.checkpoint"):
+        run(student_config(made, teacher, **{"teacher.checkpoint": ""}), tmp_path / "a")
+    with pytest.raises(UserError, match="no such run"):
+        run(student_config(made, tmp_path / "nowhere"), tmp_path / "b")
+    with pytest.raises(UserError, match=r"do not fit this config.*another shape"):
+        run(student_config(made, teacher, **{"teacher.projection": 24}), tmp_path / "c")
+    with pytest.raises(UserError, match=r"1 missing|left over|another shape"):
+        run(student_config(made, teacher, **{"teacher.depth": 3}), tmp_path / "d")
+
+
+def test_non_finite_loss_stops_at_the_step(made, teacher, tmp_path):
+    config = teacher_config(made, **{"optimizer.learning_rate": 1e30})
+    with pytest.raises(UserError, match=r"step \d: \w+ is (nan|inf); stopped"):
+        run(config, tmp_path)
+    # the last checkpoint holds finite parameters
+    step, _ = checkpoint.read_meta(str(tmp_path))
+    assert read_metrics(tmp_path)[-1]["step"] >= step
+
+
+def test_missing_data_is_one_line(made, teacher, tmp_path, capsys):
+    code = main.main(
+        [
+            "train",
+            "--config=configs/tiny.py:stage1",
+            f"--workdir={tmp_path}/run",
+            f"--config.data.videos={made}/nothing:train",
+        ]
+    )
+    text = capsys.readouterr().err
+    assert code == 2
+    assert text.count("\n") == 1
+
+
+def test_evaluate_and_report(made, teacher, tmp_path, capsys):
+    student = tmp_path / "student"
+    run(student_config(made, teacher), student)
+    for workdir in (teacher, student):
+        instap(
+            "evaluate", f"--workdir={workdir}", "--task=retrieval,probe", "--frames=4",
+            "--batch_size=8", f"--videos={made}/packed:video_1k",
+            f"--probe_videos={made}/packed:val_video", f"--images={made}/packed:img_1k",
+            f"--probe_images={made}/packed:val_img",
+        )  # fmt: skip
+        assert "12 texts, 12 videos" in capsys.readouterr().out
+        result = json.loads((workdir / "eval" / "retrieval.json").read_text())
+        assert result["measurements"][0]["protocol"]["step"] == 6
+    page = tmp_path / "report.html"
+    instap(
+        "report", f"--workdirs={teacher},{student}", f"--out={page}",
+        f"--annotations={made}/set/annotations.jsonl", f"--media={made}/set/media",
+    )  # fmt: skip
+    assert "video_1k" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--task=retrival", "tasks are retrieval, probe"),
+        ("--videos=", "no suite"),
+        ("--videos={made}/packed:video_2k", "video_1k"),
+        ("--batch_size=3", "multiple of 8 devices"),
+        ("--workdir={made}/nothing", "config.json"),
+        ("--task=probe", "--probe_videos"),
+    ],
+)
+def test_evaluate_bad_input_is_one_line(made, teacher, capsys, flag, message):
+    args = {
+        "--workdir": f"{teacher}",
+        "--videos": f"{made}/packed:video_1k",
+        "--task": "retrieval",
+        "--batch_size": "8",
+    }
+    name, value = flag.format(made=made).split("=", 1)
+    args[name] = value
+    code = main.main(["evaluate", *(f"{k}={v}" for k, v in args.items())])
+    text = capsys.readouterr().err
+    assert code == 2
+    assert message in text
+    assert text.splitlines()[-1].startswith("instap evaluate: ")
+    assert "Traceback" not in text
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on(made, teacher, tmp_path):
+    """A real process, a real signal."""
+    command = [
+        sys.executable, "-m", "instap_jax", "train", "--config=configs/tiny.py:stage1",
+        f"--workdir={tmp_path}/run", f"--config.data.videos={made}/packed:train",
+        f"--config.teacher.checkpoint={teacher}", "--config.checkpoint.every=1",
+    ]  # fmt: skip
+    command += [
+        f"--config.{key}={value}"
+        for key, value in config_check.flatten(student_config(made, teacher)).items()
+        if key.split(".")[0] in ("vision", "teacher", "text") and "checkpoint" not in key
+    ]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if checkpoints.exists() and any(path.name.isdigit() for path in checkpoints.iterdir()):
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    assert "interrupted" in error
+    assert checkpoint.read_meta(str(tmp_path / "run"))[0] >= 1
