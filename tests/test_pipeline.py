@@ -174,6 +174,16 @@ def test_seed_and_shuffle(config, corpus):
     assert sorted(first) == sorted(second) == list(range(CLIPS)) and first != second
 
 
+def test_every_turn_draws_other_frames(config, memory):
+    pictures = [np.full((*SIZE, 3), 10 * i, np.uint8) for i in range(24)]
+    files = [media.encode_jpeg(picture) for picture in pictures]
+    record = make_record(media_bytes=files, **make_instances(("A.",), np.ones((1, 24), bool)))
+    memory(record, record)
+    batches = take(open_loader(config, groups=1, group_size=2), 20)
+    drawn = {tuple(f[:, 0, 0, 0]) for batch in batches for f in batch["frames"][0]}
+    assert len(drawn) >= 38  # 40 draws of 6 ** 4
+
+
 # --- what is in a batch ---------------------------------------------------------------------------
 
 
