@@ -105,7 +105,7 @@ def test_attributes_show_in_the_boxes(lines):
             assert absent[-1] or own["event"] != "leaves"
             if own["inplace"] == "pulse" and own["event"] == "none":
                 sides = (seen.boxes[i, :, 2:] - seen.boxes[i, :, :2]).max(-1)
-                assert np.nanmax(sides) > 1.3 * np.nanmin(sides)
+                assert np.nanmax(sides) > 1.2 * np.nanmin(sides)
 
 
 def test_sizes_are_ordered_in_the_boxes(lines):
