@@ -14,7 +14,8 @@ def default() -> ConfigDict:
     """Returns the complete default configuration, at the paper's stage-1 numbers where it has any.
 
     The field `stage` selects the objective: 'teacher' (a small CLIP, for when no CLIP weights are
-    at hand), 'distill' (PAPER stage 1: masked video distillation).
+    at hand), 'distill' (PAPER stage 1: masked video distillation), 'align' (PAPER stage 2:
+    instance-aware alignment, and its baselines).
     """
     c = ConfigDict()
     c.stage = "distill"
@@ -28,6 +29,7 @@ def default() -> ConfigDict:
     c.text = _text()
     c.distill = _distill()
     c.contrastive = _contrastive()
+    c.align = _align()
     c.optimizer = _optimizer()
     c.mesh = _mesh()
     c.compute = _compute()
@@ -54,6 +56,9 @@ def _data() -> ConfigDict:
     # larger is scaled down to fit, keeping its aspect.
     c.canvas = (256, 456)
     c.instances_per_sample = 4  # instance budget: n = ceil(b * this)
+    # Caption sub-sampling (PAPER 2): 'epoch': one sentence of each caption, the next one each
+    # epoch. 'first': off (Table 5): every epoch the caption from its start, cut to the text length.
+    c.caption_sampling = "epoch"
     c.workers = 4  # processes per host that read and decode; 0: in the main process
     c.prefetch = 4  # batches buffered per worker
     c.device_prefetch = 2  # batches already on the device
@@ -73,6 +78,10 @@ def _tokenizer() -> ConfigDict:
     c.kind = "sentencepiece"
     c.path = placeholder(str)
     c.length = 32  # tokens s, [CLS] and [SEP] included (UMT)
+    # Ids of [CLS] and [MASK] (masked language modelling), checked against the file. Sentencepiece
+    # of `instap tokenizer`: 2 and 4; BERT's vocab.txt: 101 and 103.
+    c.cls_id = 2
+    c.mask_id = 4
     return c
 
 
@@ -126,6 +135,7 @@ def _distill() -> ConfigDict:
     c.layers = 6  # distilled layers: 6 (UMT) or 1 (the paper's single h)
     c.mask_ratio = 0.8  # rho: ceil(rho * L) tokens are masked
     # 'cls': the teacher's last-layer [CLS] attention row (UMT). 'received': column mean.
+    # 'random': every token alike; the teacher is then not needed for the mask.
     c.mask_score = "cls"
     # 'sample': visible tokens drawn without replacement in proportion to the score (UMT).
     # 'topk': the ceil(rho * L) lowest scores are masked (the paper's text).
@@ -136,8 +146,47 @@ def _distill() -> ConfigDict:
 def _contrastive() -> ConfigDict:
     """Equation (2)."""
     c = ConfigDict()
-    c.temperature = 0.07  # initial value, learnable
+    c.temperature = 0.07  # initial value, learnable; also of the instances' own
     c.temperature_range = (0.001, 0.5)
+    return c
+
+
+def _align() -> ConfigDict:
+    """Equations (2)-(13) (PAPER 4 and 6). Stage 'align' also reads `distill` (layers and the mask's
+    score and choice) and `contrastive`."""
+    c = ConfigDict()
+    # Weights of the terms in (11)-(13). A term of weight 0 is not computed.
+    c.rec = 1.0  # loss (1) on the visible scene tokens (UMT: uta)
+    c.vtc = 1.0  # (2)
+    c.vtm = 1.0  # (3)
+    c.mlm = 1.0  # (4)
+    c.instance = 0.1  # lambda_inst; times the next three
+    c.inst_vtc = 1.0  # (8)
+    c.inst_vtm = 1.0  # (9)
+    c.inst_mlm = 1.0  # (10)
+    c.projection = 768  # d', of W_v and W_t (UMT: embed_dim)
+    # Tokens of the scene that are masked, in a batch of videos and of images (UMT).
+    c.mask_ratio_video = 0.8
+    c.mask_ratio_image = 0.5
+    c.mlm_ratio = 0.5  # of caption tokens, chosen for prediction (UMT)
+    # The instances' temperature in (8) is a parameter of its own, or tau of (2) (Table 5).
+    c.own_temperature = True
+    # Weight, in the denominators of (8), of another instance of the same video (paper: 0).
+    c.alpha = 0.0
+    c.crop_size = placeholder(int)  # pixels, a multiple of the patch; unset: vision.image_size
+    c.crop_mask_ratio = 0.0  # of crop tokens, drawn at random
+    # Table 5: the box of the middle frame that shows the instance, held for all frames, instead of
+    # its trajectory.
+    c.still_boxes = False
+    # (5): crop tokens look at their scene. False: instances are their crops alone.
+    c.cross_attention = True
+    c.cross_attention_depth = 1  # blocks
+    c.cross_attention_heads = 16
+    # Beyond the paper: crop tokens carry the scene's position code at their patch centre and
+    # frame before (5) (PAPER 6).
+    c.scene_anchor = False
+    # Baseline UMT (g+i): instance sentences are further captions of the whole video in (2).
+    c.global_instances = False
     return c
 
 
@@ -189,3 +238,11 @@ def _log() -> ConfigDict:
     c.tensorboard = True
     c.wandb_project = placeholder(str)  # needs the extra [wandb]
     return c
+
+
+def needs_teacher(config: ConfigDict) -> bool:
+    """Whether the stage reads the frozen teacher: for features to predict, or for its attention."""
+    if config.stage != "align":
+        return config.stage == "distill"
+    masked = max(config.align.mask_ratio_video, config.align.mask_ratio_image) > 0
+    return config.align.rec > 0 or (masked and config.distill.mask_score != "random")

@@ -15,17 +15,18 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from instap_jax.config import default
+from instap_jax.config import default, needs_teacher
 from instap_jax.errors import UserError
 
-STAGES = ("teacher", "distill")
+STAGES = ("teacher", "distill", "align")
 
 # Values that a field may take, where that is a short list.
 CHOICES = {
     "stage": STAGES,
     "data.sampling": ("random", "uniform"),
+    "data.caption_sampling": ("epoch", "first"),
     "tokenizer.kind": ("sentencepiece", "wordpiece"),
-    "distill.mask_score": ("cls", "received"),
+    "distill.mask_score": ("cls", "received", "random"),
     "distill.mask_choice": ("sample", "topk"),
     "compute.dtype": ("bfloat16", "float32"),
     "compute.remat": ("none", "dots", "all"),
@@ -53,11 +54,26 @@ POSITIVE = (
     "text.depth",
     "text.heads",
     "distill.layers",
+    "align.projection",
+    "align.cross_attention_depth",
+    "align.cross_attention_heads",
     "optimizer.learning_rate",
     "optimizer.accumulate",
     "checkpoint.every",
     "checkpoint.keep",
     "log.every",
+)
+
+# Weights of the terms of stage 'align', and fractions that leave something over.
+WEIGHTS = tuple(
+    f"align.{name}"
+    for name in ("rec", "vtc", "vtm", "mlm", "instance", "inst_vtc", "inst_vtm", "inst_mlm")
+)
+RATIOS = (
+    "distill.mask_ratio",
+    "align.mask_ratio_video",
+    "align.mask_ratio_image",
+    "align.crop_mask_ratio",
 )
 
 # What may differ when a run goes on: it changes speed, output or length, not the result of a step.
@@ -132,6 +148,8 @@ def check(config: ConfigDict) -> None:
             if flat[key] not in choices
         ]
         faults += [f"{key}={flat[key]} must be positive" for key in POSITIVE if flat[key] <= 0]
+        faults += [f"{key}={flat[key]} is negative" for key in WEIGHTS if flat[key] < 0]
+        faults += [f"{k}={flat[k]} must be in [0, 1)" for k in RATIOS if not 0 <= flat[k] < 1]
     if not faults:
         faults += _relation_faults(config)
     if faults:
@@ -154,18 +172,40 @@ def _relation_faults(config: ConfigDict) -> list[str]:
     for name in ("vision", "teacher", "text"):
         if c[name].width % c[name].heads:
             faults.append(f"{name}.width={c[name].width} is no multiple of its heads")
-    if not 0 <= c.distill.mask_ratio < 1:
-        faults.append(f"distill.mask_ratio={c.distill.mask_ratio} must be in [0, 1)")
     if not 0 <= c.data.image_fraction <= 1:
         faults.append(f"data.image_fraction={c.data.image_fraction} must be in [0, 1]")
     if not c.optimizer.warmup_steps < c.steps:
         faults.append(f"optimizer.warmup_steps={c.optimizer.warmup_steps} must be below steps")
-    if c.stage == "distill":
+    if needs_teacher(c):
         grids = [c[name].image_size // c[name].patch for name in ("vision", "teacher")]
         if grids[0] != grids[1]:
             faults.append(f"student and teacher see {grids[0]} and {grids[1]} patches a side")
         if c.distill.layers > min(c.vision.depth, c.teacher.depth):
             faults.append(f"distill.layers={c.distill.layers} is more than the depth")
+    return faults + (_align_faults(c) if c.stage == "align" else [])
+
+
+def _align_faults(c: ConfigDict) -> list[str]:
+    faults, align = [], c.align
+    if not any(c.align[key.removeprefix("align.")] for key in WEIGHTS[:5]):
+        faults.append("align: every term has weight 0")
+    if align.global_instances and not align.vtc:
+        faults.append("align.global_instances adds pairs to align.vtc, which is 0")
+    if not 0 < align.mlm_ratio <= 1:
+        faults.append(f"align.mlm_ratio={align.mlm_ratio} must be in (0, 1]")
+    if not 0 <= align.alpha <= 1:
+        faults.append(f"align.alpha={align.alpha} must be in [0, 1]")
+    if align.crop_size is not None and (align.crop_size <= 0 or align.crop_size % c.vision.patch):
+        faults.append(f"align.crop_size={align.crop_size} is no multiple of vision.patch")
+    if c.vision.width % align.cross_attention_heads:
+        faults.append(
+            f"align.cross_attention_heads={align.cross_attention_heads} do not divide vision.width"
+        )
+    if not 0 < c.text.fusion_layers < c.text.depth:
+        faults.append(
+            f"text.fusion_layers={c.text.fusion_layers} must be 1 to text.depth - 1 "
+            f"= {c.text.depth - 1}"
+        )
     return faults
 
 

@@ -28,8 +28,8 @@ _FRAMES, _INSTANCES = 0, 1
 class Use(enum.Enum):
     """What a batch is for.
 
-    TRAIN: one sentence of each caption, by epoch; instances that no chosen frame shows are left
-    out; what does not fit the budget is drawn at random.
+    TRAIN: captions as `GroupBuilder.caption_sampling` says; instances that no chosen frame shows
+    are left out; what does not fit the budget is drawn at random.
     EVALUATE: whole captions, every instance.
     """
 
@@ -93,6 +93,8 @@ class GroupBuilder:
       canvas: (height, width) in pixels.
       length: tokens of a text s.
       budget: instance slots of a group n.
+      caption_sampling: of training, 'epoch': one sentence of each caption, the next one each epoch;
+        'first': the caption from its start, as much as fits the length.
     """
 
     sources: Sequence[RecordSource]
@@ -104,6 +106,7 @@ class GroupBuilder:
     canvas: tuple[int, int]
     length: int
     budget: int
+    caption_sampling: str
     seed: int
 
     def shapes(self, groups: int) -> dict[str, tuple[tuple[int, ...], type]]:
@@ -242,7 +245,7 @@ class GroupBuilder:
         return seen[np.array(named, bool)]
 
     def _caption(self, captions: Sequence[str], epoch: int) -> str:
-        if self.use is Use.TRAIN:
+        if self.use is Use.TRAIN and self.caption_sampling == "epoch":
             return sentence_for_epoch(captions, epoch)
         return " ".join(caption.strip() for caption in captions)
 

@@ -33,7 +33,7 @@ from ml_collections import ConfigDict
 
 from instap_jax.data.groups import GroupBuilder, GroupRef, SampleRef, Use
 from instap_jax.data.records import CorruptRecordError, RecordSource, open_source
-from instap_jax.data.tokenizer import Tokenizer, check_vocab_size, load_tokenizer
+from instap_jax.data.tokenizer import Tokenizer, check_ids, check_vocab_size, load_tokenizer
 from instap_jax.errors import UserError
 from instap_jax.types import Batch, Fault, Kind
 
@@ -114,6 +114,7 @@ def make_loader(
         canvas=tuple(data.canvas),
         length=config.tokenizer.length,
         budget=math.ceil(group_size * data.instances_per_sample),
+        caption_sampling=data.caption_sampling,
         seed=config.seed,
     )
     return Loader(
@@ -132,6 +133,7 @@ def _tokenizer(config: ConfigDict) -> Tokenizer | None:
         return None
     tokenizer = load_tokenizer(config.tokenizer)
     check_vocab_size(tokenizer, config.text.vocab_size)
+    check_ids(tokenizer, config.tokenizer)
     return tokenizer
 
 
@@ -390,6 +392,7 @@ def evaluation_groups(
         canvas=tuple(config.data.canvas),
         length=config.tokenizer.length,
         budget=max(1, int(counts.reshape(-1, group_size).sum(axis=1).max(initial=0))),
+        caption_sampling=config.data.caption_sampling,
         seed=0,
     )
     for step in range(steps):

@@ -174,6 +174,17 @@ def check_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
+def check_ids(tokenizer: Tokenizer, config: ConfigDict) -> None:
+    """Raises UserError where the ids in the `tokenizer` section are not those of the file."""
+    for name in ("cls_id", "mask_id"):
+        own = getattr(tokenizer, name)
+        if config[name] != own:
+            raise UserError(
+                f"tokenizer.{name} is {config[name]}, but in {config.path} it is {own}; "
+                f"set tokenizer.{name}={own}"
+            )
+
+
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
     """Trains a unigram model with byte fallback on `texts`; returns the .model file's bytes.
 

@@ -134,6 +134,18 @@ def read_params(workdir: str, abstract: Any, *, select: tuple[str, ...] = ()) ->
     return restored
 
 
+def module_names(workdir: str) -> tuple[str, ...]:
+    """Top-level modules of the newest checkpoint of a run.
+
+    Raises:
+      UserError: when there is no checkpoint.
+    """
+    with _reader(workdir) as manager:
+        path = manager.directory / str(_newest(manager, workdir)) / "params"
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return tuple(reader.metadata(path).item_metadata.tree)
+
+
 def _manager(workdir: str, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
     path = epath.Path(workdir)
     if "://" not in workdir:

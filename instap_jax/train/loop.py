@@ -2,7 +2,7 @@
 
 Where the parameters come from, in this order:
   1. the newest checkpoint of the workdir, if it has one (same config, checked): the run goes on;
-  2. `config.checkpoint.init_from`, another run's workdir: parameters only, step 0;
+  2. `config.checkpoint.init_from`, another run's workdir: the parameters that it has, step 0;
   3. fresh, from the seed.
 The frozen teacher always comes from `config.teacher.checkpoint`.
 """
@@ -23,6 +23,7 @@ from instap_jax.errors import UserError
 from instap_jax.progress import Progress
 from instap_jax.train import checkpoint, flops
 from instap_jax.train.feed import Fed, Feed
+from instap_jax.train.initialise import initial_params
 from instap_jax.train.metrics import MetricWriter
 from instap_jax.train.program import Program, build_program
 from instap_jax.train.state import TrainState
@@ -184,7 +185,7 @@ def _start(config, program: Program, checkpointer) -> tuple[TrainState, dict | N
         return state, data_state
     state = program.init()
     if config.checkpoint.init_from:
-        params = checkpoint.read_params(config.checkpoint.init_from, program.abstract.params)
+        params = initial_params(config, program.objective, program.abstract.params, state.params)
         state = dataclasses.replace(state, params=params)
     return state, None
 

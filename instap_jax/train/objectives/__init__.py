@@ -1,0 +1,26 @@
+"""What each stage trains: its model, its frozen model, and its loss. All else is shared."""
+
+from ml_collections import ConfigDict
+
+from instap_jax.train.objectives.align import ALIGN
+from instap_jax.train.objectives.base import LossResult, Objective, compute_options
+from instap_jax.train.objectives.distill import DISTILL
+from instap_jax.train.objectives.teacher import TEACHER, embed_frames
+from instap_jax.train.objectives.views import choose_visible
+
+__all__ = [
+    "OBJECTIVES",
+    "LossResult",
+    "Objective",
+    "choose_visible",
+    "compute_options",
+    "embed_frames",
+    "objective",
+]
+
+OBJECTIVES = {"teacher": TEACHER, "distill": DISTILL, "align": ALIGN}
+
+
+def objective(config: ConfigDict) -> Objective:
+    """The objective of `config.stage`."""
+    return OBJECTIVES[config.stage]

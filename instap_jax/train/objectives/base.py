@@ -1,0 +1,50 @@
+"""What a stage is, for the loop, and the little that all stages share."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from instap_jax.types import Batch
+
+LossResult = tuple[jax.Array, dict[str, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """A stage of training.
+
+    Attributes:
+      create: (config, rngs) -> the model whose parameters are trained.
+      create_frozen: (config, rngs) -> the model that is only read; an empty module where none is.
+      frozen_path: path, inside the checkpoint named by `config.teacher.checkpoint`, of the frozen
+        model's parameters.
+      starts_from: stage of another run -> the modules that this stage takes from it. A run of the
+        same stage is always taken whole.
+      loss: (config, model, frozen, batch, key) -> (scalar to minimise, float32 scalars to log).
+    """
+
+    create: Callable[[ConfigDict, nnx.Rngs], nnx.Module]
+    create_frozen: Callable[[ConfigDict, nnx.Rngs], nnx.Module]
+    frozen_path: tuple[str, ...] = ()
+    starts_from: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    loss: Callable[[ConfigDict, nnx.Module, nnx.Module, Batch, jax.Array], LossResult]
+
+
+def compute_options(config: ConfigDict) -> dict:
+    """Keyword arguments that every model takes from `config.compute`."""
+    return {"dtype": jnp.dtype(config.compute.dtype), "remat": config.compute.remat}
+
+
+def nothing(config: ConfigDict, rngs: nnx.Rngs) -> nnx.Module:
+    """The frozen model of a stage that has none."""
+    del config, rngs
+    return nnx.Dict()
+
+
+def flat(array: jax.Array) -> jax.Array:
+    """[g, b, ...] -> [g * b, ...]; rows stay on their device."""
+    return array.reshape((-1, *array.shape[2:]))

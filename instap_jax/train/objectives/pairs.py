@@ -1,0 +1,126 @@
+"""The terms that fuse text with visual tokens, the same for samples and for instances.
+
+Axis letters: g groups, m pairs of a group, s text length, d text width, v visual tokens, e their
+width, p shared embedding width.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from instap_jax import losses
+from instap_jax.models.instap import InstAP
+from instap_jax.models.text import text_mask
+from instap_jax.train.objectives.base import LossResult, flat
+from instap_jax.train.objectives.instances import gather_in_group
+from instap_jax.types import IGNORED_TARGET
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """Visual-text pairs of a batch: samples and their captions, or instances and theirs.
+
+    Attributes:
+      video, text: [g, m, p], embeddings, not l2-normalised.
+      tau: their temperature.
+      valid: bool [g, m].
+      video_ids, text_ids: int32 [g, m], equal: the same media, the same sentence.
+    """
+
+    video: jax.Array
+    text: jax.Array
+    tau: jax.Array
+    valid: jax.Array
+    video_ids: jax.Array
+    text_ids: jax.Array
+
+
+def matching(
+    model: InstAP,
+    pairs: Pairs,
+    ids: jax.Array,
+    tokens: jax.Array,
+    visual: jax.Array,
+    key: jax.Array,
+) -> LossResult:
+    """VTM of (3) and (9), with one hard negative video and text a pair, from its own group.
+
+    Args:
+      ids: int32 [g, m, s] and tokens: [g, m, s, d], of the texts.
+      visual: [g, m, v, e], what a text is fused with.
+
+    Returns:
+      The loss, and {'accuracy'} over the defined pairs, a third of which are true.
+    """
+    draw_key, drop_key = jax.random.split(key)
+    videos, texts = _negatives(pairs, draw_key)
+    other_visual = gather_in_group(visual, videos[0])
+    other_ids, other_tokens = gather_in_group((ids, tokens), texts[0])
+    # As UMT: true pairs, other videos for the texts, other texts for the videos.
+    visual = jnp.concatenate([visual, other_visual, visual], axis=1)
+    tokens = jnp.concatenate([tokens, tokens, other_tokens], axis=1)
+    ids = jnp.concatenate([ids, ids, other_ids], axis=1)
+    valid = pairs.valid
+    valid = jnp.concatenate([valid, valid & videos[1], valid & texts[1]], axis=1)
+    true = jnp.zeros(valid.shape, jnp.int32).at[:, : pairs.valid.shape[1]].set(1)
+    fused = model.text.fuse(flat(tokens), text_mask(flat(ids)), flat(visual), key=drop_key)
+    logits, labels, valid = model.match_head(fused), flat(true), flat(valid)
+    right = jnp.argmax(logits, axis=-1) == labels
+    return losses.matching_loss(logits, labels, valid), {"accuracy": _mean(right, valid)}
+
+
+def _negatives(pairs: Pairs, key: jax.Array):
+    """((videos, defined), (texts, defined)), each [g, m]: of every text and of every video."""
+
+    def draw(key, video, text, valid, video_ids, text_ids):
+        similarity = losses.cosine_logits(video, text, pairs.tau, valid=valid)
+        admissible = losses.admissible_pairs(valid, video_ids, text_ids)
+        video_key, text_key = jax.random.split(key)
+        return (
+            losses.hard_negatives(video_key, similarity.T, admissible),
+            losses.hard_negatives(text_key, similarity, admissible),
+        )
+
+    keys = jax.random.split(key, pairs.valid.shape[0])
+    arrays = (pairs.video, pairs.text, pairs.valid, pairs.video_ids, pairs.text_ids)
+    return jax.vmap(draw)(keys, *arrays)
+
+
+def masked_language(
+    model: InstAP,
+    ids: jax.Array,
+    targets: jax.Array,
+    tokens: jax.Array,
+    visual: jax.Array,
+    visual_mask: jax.Array | None,
+    valid: jax.Array,
+    key: jax.Array,
+) -> LossResult:
+    """MLM of (4) and (10): the chosen tokens of a text from what is left of it and its visuals.
+
+    Args:
+      ids, targets: int32 [g, m, s], of `masking.corrupt_tokens`. tokens: [g, m, s, d], of `ids`.
+      visual: [g, m, v, e]. visual_mask: bool [g, m, v], or None. valid: bool [g, m].
+
+    Returns:
+      The loss, and {'accuracy'} over the predicted tokens.
+    """
+    fused = model.text.fuse(
+        flat(tokens),
+        text_mask(flat(ids)),
+        flat(visual),
+        visual_mask=None if visual_mask is None else flat(visual_mask),
+        key=key,
+    )
+    logits, targets, valid = model.text.mlm_logits(fused), flat(targets), flat(valid)
+    predicted = (targets != IGNORED_TARGET) & valid[:, None]
+    accuracy = _mean(jnp.argmax(logits, axis=-1) == targets, predicted)
+    return losses.masked_language_loss(logits, targets, valid), {"accuracy": accuracy}
+
+
+def _mean(values: jax.Array, where: jax.Array) -> jax.Array:
+    """Mean of the values where the mask is set; 0 if it is set nowhere."""
+    total = jnp.sum(jnp.where(where, values, 0), dtype=jnp.float32)
+    return total / jnp.maximum(jnp.sum(where, dtype=jnp.float32), 1)
