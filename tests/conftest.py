@@ -1,6 +1,7 @@
 """Shared by all tests: eight CPU devices, exact matmuls, shapes checked at public boundaries."""
 
 import os
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
@@ -10,7 +11,11 @@ for name, value in FLAGS.items():
     if name not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{name}={value}"
 
-from absl import flags
+# Many tests build the same small programs: compile each once, in whichever process comes first.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".xla_cache"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+from absl import flags  # noqa: E402 - the environment comes first
 
 # grain's worker processes refuse to start before absl has parsed the command line.
 flags.FLAGS.mark_as_parsed()
