@@ -9,9 +9,7 @@ from instap_jax import config_check
 
 def define_flags(values: flags.FlagValues) -> None:
     config_check.define_flag(values)
-    flags.DEFINE_string(
-        "workdir", None, "directory of the run", required=True, flag_values=values
-    )
+    flags.DEFINE_string("workdir", None, "directory of the run", required=True, flag_values=values)
 
 
 def run(values: flags.FlagValues) -> None:
