@@ -82,9 +82,12 @@ class Checkpointer:
         )
         return state, restored.data, restored.meta
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Waits for a save in progress to be complete."""
         self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self.wait()
         self._manager.close()
 
 

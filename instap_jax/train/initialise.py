@@ -41,9 +41,10 @@ def initial_params(
     unused = sorted(set(checkpoint.module_names(source)) - set(modules))
     if unused:
         raise UserError(f"{source}: stage {config.stage!r} has no place for its {unused[0]!r}")
-    params = dict(fresh)
+    params = dict(fresh.raw_mapping)  # plain dicts inside: one State inside another is another tree
     for name in modules:
-        params[name] = checkpoint.read_params(source, abstract[name], select=(name,))
+        read = checkpoint.read_params(source, abstract[name], select=(name,))
+        params[name] = read.raw_mapping if isinstance(read, nnx.State) else read
     for name in params:
         origin = f"from {source} ({stage}, step {step})" if name in modules else "fresh"
         print(f"init {name}: {_size(abstract[name])}, {origin}")

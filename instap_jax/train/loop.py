@@ -9,12 +9,13 @@ The frozen teacher always comes from `config.teacher.checkpoint`.
 
 import dataclasses
 import math
+import sys
 import time
 from pathlib import Path
 
 import jax
-import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import instap_jax
@@ -50,6 +51,11 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
         )
         try:
             return _run(config, workdir, mesh, program, checkpointer)
+        except KeyboardInterrupt:
+            checkpointer.wait()  # for a save in progress
+            step = checkpointer.latest_step()
+            print(f"\nstopped; the same command goes on from step {step or 0}", file=sys.stderr)
+            raise
         finally:
             checkpointer.close()
 
@@ -62,6 +68,8 @@ def _run(config, workdir, mesh, program: Program, checkpointer) -> TrainState:
     if start >= last:
         print(f"{workdir}: already trained to step {start}")
         return state
+    if _is_main():
+        print(_summary(config, mesh, state, start, last))
     feed = Feed(config, mesh, start_step=start, state=data_state)
     writer = MetricWriter(workdir, config, resume_step=start) if _is_main() else None
     run = _Run(config, mesh, program, checkpointer, feed, writer)
@@ -209,5 +217,11 @@ def _is_main() -> bool:
     return jax.process_index() == 0
 
 
-def parameter_count(state: TrainState) -> int:
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state.params))
+def _summary(config, mesh: Mesh, state: TrainState, start: int, last: int) -> str:
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    shape = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    return (
+        f"{config.stage}: {parameters / 1e6:.1f} M parameters on {mesh.size} "
+        f"{mesh.devices.flat[0].platform} device(s) ({shape}), {config.data.batch_size} samples a "
+        f"step, steps {start + 1} to {last}"
+    )
