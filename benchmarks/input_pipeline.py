@@ -1,25 +1,25 @@
 """Clips per second and core of the input pipeline, beside its own decode-only limits.
 
-  python benchmarks/input_pipeline.py [--clips 12] [--rounds 7]
+  python benchmarks/input_pipeline.py [--clips 12] [--rounds 7] [--processes 3]
 
-Makes its own clips (moving textures, H.264, 30 frames/s, GOP of 250), packs them twice with
-`instap pack`'s defaults (JPEG frames at 4 per second, and the mp4 passed through), and measures one
-process:
+Makes its own clips (moving textures, H.264, 30 frames/s), packs them twice with `instap pack`'s
+defaults (JPEG frames at 4 per second, and the mp4 passed through), and measures one process:
 
   packed JPEG, Loader        the whole pipeline: read, parse, choose, decode, tokenize, batch
   packed JPEG, decode only   a plain Pillow loop over as many frames of the same clips
   packed mp4, Loader         the same pipeline on clips that were passed through
   mp4, decode only           a plain PyAV loop over the same clips, up to the last chosen frame
 
-The four are interleaved, round by round, because the machine's speed drifts; figures are medians.
-"Per core" is per second of CPU time, all threads of the process counted.
+The loops are interleaved round by round, because the machine's speed drifts, and all of it is
+repeated in fresh processes, because the same loop is up to a fifth faster or slower from process to
+process. Figures are medians over all rounds; shares are medians of the rounds' own ratios. "Per
+core" is per second of CPU time, all threads of the process counted.
 """
 
 import argparse
 import io
-import itertools
 import json
-import statistics
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
@@ -45,28 +45,39 @@ SIZES = {
     "640x360 10 s, T=8": ((360, 640), 10, 8),
     "128x128 3 s, T=8 (embedded set)": ((128, 128), 3, 8),
 }
+LIMITS = {
+    "packed JPEG, Loader": "packed JPEG, decode only",
+    "packed mp4, Loader": "mp4, decode only",
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clips", type=int, default=12, help="clips of a corpus")
     parser.add_argument("--rounds", type=int, default=7, help="rounds; medians are printed")
+    parser.add_argument("--processes", type=int, default=3, help="fresh processes")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
-    flags.FLAGS.mark_as_parsed()  # grain reads absl's
     results = {}
     with tempfile.TemporaryDirectory() as scratch:
         for number, (name, (size, seconds, frames)) in enumerate(SIZES.items()):
             directory = Path(scratch, str(number))
             make_corpora(directory, clips=args.clips, size=size, seconds=seconds)
-            results[name] = measure(directory, args.clips, frames, args.rounds)
+            rounds = []
+            for _ in range(args.processes):
+                fresh = multiprocessing.get_context("spawn").Pool(1)
+                with fresh:
+                    arguments = directory, args.clips, frames, args.rounds
+                    rounds += fresh.apply(measure, arguments)
+            results[name] = summarise(rounds)
             print_table(name, results[name])
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
 
 
-def measure(directory: Path, clips: int, frames: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Returns, per loop, median milliseconds of CPU and of wall time for one clip."""
+def measure(directory: Path, clips: int, frames: int, rounds: int) -> list[dict[str, np.ndarray]]:
+    """Returns, for every round and loop, milliseconds of (CPU, wall) time for one clip."""
+    flags.FLAGS.mark_as_parsed()  # grain reads absl's
     loaders = {kind: open_loader(directory, kind, clips, frames) for kind in ("jpeg", "mp4")}
     records = {
         kind: list(open_source(str(directory / kind), "train", Kind.VIDEO)) for kind in loaders
@@ -78,22 +89,30 @@ def measure(directory: Path, clips: int, frames: int, rounds: int) -> dict[str, 
         "packed mp4, Loader": lambda: drain(loaders["mp4"]),
         "mp4, decode only": lambda: decode_mp4s(records["mp4"], frames, rng),
     }
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in loops}
-    for round_, (name, loop) in itertools.product(range(rounds + 1), loops.items()):
-        cpu, wall = time.process_time(), time.perf_counter()
-        loop()
-        spent = time.process_time() - cpu, time.perf_counter() - wall
-        if round_:  # the first one opens files and fills caches
-            times[name].append(spent)
+    measured = []
+    for _ in range(rounds + 1):
+        measured.append({name: _time(loop) * 1e3 / clips for name, loop in loops.items()})
     for loader in loaders.values():
         loader.close()
-    return {
-        name: {
-            "cpu_ms": 1e3 * statistics.median(cpu for cpu, _ in spent) / clips,
-            "wall_ms": 1e3 * statistics.median(wall for _, wall in spent) / clips,
-        }
-        for name, spent in times.items()
-    }
+    return measured[1:]  # the first round opens files and fills caches
+
+
+def summarise(rounds: list[dict[str, np.ndarray]]) -> dict[str, dict[str, float]]:
+    """Returns medians over the rounds: times of every loop, and shares of the limits."""
+    table = {}
+    for name in rounds[0]:
+        cpu, wall = np.median([round_[name] for round_ in rounds], axis=0)
+        table[name] = {"cpu_ms": float(cpu), "wall_ms": float(wall)}
+    for name, limit in LIMITS.items():
+        cpu, wall = np.median([round_[limit] / round_[name] for round_ in rounds], axis=0)
+        table[name] |= {"cpu_share": float(cpu), "wall_share": float(wall)}
+    return table
+
+
+def _time(loop: Callable[[], None]) -> np.ndarray:
+    cpu, wall = time.process_time(), time.perf_counter()
+    loop()
+    return np.array([time.process_time() - cpu, time.perf_counter() - wall])
 
 
 def drain(loader: Loader) -> None:
@@ -190,13 +209,9 @@ def print_table(name: str, result: dict[str, dict[str, float]]) -> None:
     for loop, times in result.items():
         cpu, wall = times["cpu_ms"], times["wall_ms"]
         print(f"{loop:28}{1e3 / cpu:14.1f}{cpu:14.2f}{wall:14.2f}")
-    for kind, limit in (("packed JPEG", "packed JPEG"), ("packed mp4", "mp4")):
-        whole, alone = result[f"{kind}, Loader"], result[f"{limit}, decode only"]
-        share = {unit: alone[unit] / whole[unit] for unit in ("cpu_ms", "wall_ms")}
-        print(
-            f"{kind}: Loader reaches {share['cpu_ms']:.1%} of its decode-only limit by CPU time, "
-            f"{share['wall_ms']:.1%} by wall time"
-        )
+    for name, limit in LIMITS.items():
+        cpu, wall = result[name]["cpu_share"], result[name]["wall_share"]
+        print(f"{name}: {cpu:.1%} of '{limit}' by CPU time, {wall:.1%} by wall time")
 
 
 if __name__ == "__main__":

@@ -228,7 +228,8 @@ class GroupBuilder:
         chosen = choose_frames(stored, self.frames, self.sampling, rng)
         height, width = _decode_into(canvas, record, chosen)
         return _Read(
-            record=record,
+            # Without its media: the next sample is then read into the same, still cached memory.
+            record=dataclasses.replace(record, media_bytes=()),
             chosen=chosen,
             epoch=ref.epoch,
             text=text,

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -174,10 +175,38 @@ def encode_jpeg(frame: np.ndarray, quality: int = 90) -> bytes:
 
 
 def decode_jpeg(data: bytes) -> np.ndarray:
-    """Decodes the JPEG file `data` to uint8 [h, w, 3] RGB, read-only. Raises MediaError."""
+    """Decodes the JPEG file `data` to uint8 [h, w, 3] RGB, read-only. Raises MediaError.
+
+    The hot spot of the input pipeline. Pillow's decoder is called without its reader of headers,
+    which is Python and a tenth of the time; whatever is unusual or damaged goes the long way.
+    """
+    with contextlib.suppress(Exception):
+        if size := _usual_jpeg_size(data):
+            return _packed(Image.frombytes("RGB", size, data, "jpeg", "RGB", ""))
     with _reasons(), _open_still(data, formats=("JPEG",)) as image:
-        # The hot spot of the input pipeline: `convert` and `np.array` would each copy all pixels.
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _packed(image: Image.Image) -> np.ndarray:
+    """`np.asarray(image)` of an RGB image, without its detour over 64 KB pieces (4 %)."""
+    encoder = Image._getencoder("RGB", "raw", ("RGB",))
+    encoder.setimage(image.im, (0, 0, *image.size))
+    _, _, data = encoder.encode(3 * image.width * image.height)
+    return np.frombuffer(data, np.uint8).reshape(image.height, image.width, 3)
+
+
+def _usual_jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) of a three-channel JPEG file whose header is well-formed, else None."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    at = 2
+    while data[at : at + 1] == b"\xff":
+        if 0xC0 <= data[at + 1] <= 0xC2:  # start of frame: baseline, extended or progressive
+            height, width = struct.unpack_from(">HH", data, at + 5)
+            usual = data[at + 9] == 3 and 0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE
+            return (width, height) if usual and height * width <= MAX_PIXELS else None
+        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+    return None
 
 
 def confined(root: Path, relative: str) -> Path:
