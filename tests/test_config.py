@@ -5,11 +5,18 @@ import pytest
 from tiny import CONFIGS, load_config
 
 from instap_jax import config_check, main
+from instap_jax.ablations import ABLATIONS
 from instap_jax.config import default
 from instap_jax.config_check import LoadedConfig
 from instap_jax.errors import UserError
 
-SHIPPED = [("stage1_l16",), ("tiny", "teacher"), ("tiny", "stage1")]
+SHIPPED = [
+    ("stage1_l16",),
+    ("stage2_l16",),
+    *[("tiny", part) for part in ("teacher", "stage1", "stage2")],
+    *[("stage2_l16", name) for name in ABLATIONS],
+    *[("tiny", f"stage2,{name}") for name in ABLATIONS],
+]
 
 
 def run(capsys, *args: str) -> tuple[int, str]:
@@ -43,6 +50,58 @@ def test_paper_numbers_of_stage_1():
     # 800 epochs of 1.5 M clips, 40 of them warm-up
     assert c.steps * c.data.batch_size == pytest.approx(800 * 1.5e6, rel=1e-3)
     assert c.optimizer.warmup_steps / c.steps == pytest.approx(40 / 800, rel=1e-3)
+
+
+def test_paper_numbers_of_stage_2():
+    c = load_config("stage2_l16")
+    assert (c.text.width, c.text.depth, c.text.fusion_layers, c.text.vocab_size) == (
+        1024, 24, 5, 30522,
+    )  # fmt: skip
+    assert (c.data.frames, c.tokenizer.length, c.align.projection) == (16, 32, 768)
+    assert (c.optimizer.learning_rate, tuple(c.optimizer.betas)) == (1e-4, (0.9, 0.999))
+    assert c.optimizer.min_learning_rate == pytest.approx(0.01 * c.optimizer.learning_rate)
+    assert c.optimizer.weight_decay == 0.02
+    assert c.steps / c.optimizer.warmup_steps == pytest.approx(15, rel=1e-3)
+    align = c.align
+    assert [align[k] for k in ("rec", "vtc", "vtm", "mlm")] == [1, 1, 1, 1]
+    assert [align[k] for k in ("instance", "inst_vtc", "inst_vtm", "inst_mlm")] == [0.1, 1, 1, 1]
+    assert (align.mask_ratio_video, align.mask_ratio_image, align.mlm_ratio) == (0.8, 0.5, 0.5)
+    assert (align.own_temperature, align.alpha, align.cross_attention_depth) == (True, 0, 1)
+
+
+def test_table_5_ends_in_the_papers_method():
+    last = load_config("stage2_l16", "table5_trajectories")
+    assert last == load_config("stage2_l16")
+
+
+@pytest.mark.parametrize("part", ["stage2,umt", "stage1,umt_g"])
+def test_unknown_ablation_is_refused(part):
+    with pytest.raises(ValueError, match="ablation"):
+        load_config("tiny", part)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"align.rec": -1.0}, "align.rec=-1.0 is negative"),
+        ({"align.mask_ratio_image": 1.0}, "align.mask_ratio_image=1.0 must be in [0, 1)"),
+        ({f"align.{k}": 0.0 for k in ("rec", "vtc", "vtm", "mlm", "instance")}, "weight 0"),
+        ({"align.vtc": 0.0, "align.global_instances": True}, "adds pairs to align.vtc"),
+        ({"align.mlm_ratio": 0.0}, "must be in (0, 1]"),
+        ({"align.alpha": 2.0}, "must be in [0, 1]"),
+        ({"align.crop_size": 100}, "no multiple of vision.patch"),
+        ({"align.cross_attention_heads": 7}, "do not divide vision.width"),
+        ({"text.fusion_layers": 24}, "must be 1 to text.depth - 1 = 23"),
+        ({"data.caption_sampling": "last"}, "none of epoch, first"),
+        ({"distill.mask_score": "rnd"}, "none of cls, received, random"),
+    ],
+)
+def test_wrong_values_of_stage_2_are_named(changes, message):
+    config = load_config("stage2_l16")
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match="config: ") as error:
+        config_check.check(config)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,9 @@ def exact_gelu(x: Array) -> Array:
 
 def dropout(x: Array, *, rate: float | Array, key: Array | None) -> Array:
     """Zeroes elements with probability `rate` and scales the rest by 1 / (1 - rate)."""
-    return x if key is None else _drop(x, rate, key, x.shape)
+    # A rate known to be 0 draws nothing: random bits cost as much as a small layer.
+    off = key is None or (isinstance(rate, float | int) and not rate)
+    return x if off else _drop(x, rate, key, x.shape)
 
 
 def drop_path(x: Array, *, rate: float | Array, key: Array | None) -> Array:

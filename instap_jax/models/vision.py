@@ -102,7 +102,7 @@ class VisionEncoder(nnx.Module):
             self.blocks,
             x + codes.astype(self.dtype),
             remat=self.remat,
-            key=key,
+            key=key if any(self.drop_path_rates) else None,
             drop_path_rates=jnp.asarray(self.drop_path_rates, jnp.float32),
             taps=taps,
             call=lambda block, x, key, rate: block(x, mask=mask, key=key, drop_path_rate=rate),

@@ -1,0 +1,311 @@
+"""The complete objective of stage 'align' on random batches: what counts, and what must not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from ml_collections import ConfigDict
+from runner import Runner, assert_close, batch_for
+from tiny import tiny_config
+
+from instap_jax.errors import UserError
+from instap_jax.models import boxes
+from instap_jax.models.vision import position_codes
+from instap_jax.train import flops
+from instap_jax.train.checkpoint import Checkpointer
+from instap_jax.train.initialise import initial_params
+from instap_jax.train.objectives import objective
+from instap_jax.train.objectives.align import TERMS, term_weights
+
+
+def align_config(**changes) -> ConfigDict:
+    """All terms, the teacher's masks, 8 groups of 2 samples and 4 instances."""
+    c = tiny_config("stage2,all_terms")
+    c.steps = 60
+    c.distill.mask_score = "cls"
+    c.data.update(batch_size=16, frames=2)
+    c.vision.depth = c.teacher.depth = 2
+    c.update_from_flattened_dict(changes)
+    return c
+
+
+@pytest.fixture(scope="module")
+def runner():
+    return Runner(align_config(), 1)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return batch_for(align_config())
+
+
+@pytest.fixture(scope="module")
+def reference(runner, batch):
+    """State and metrics after one step on `batch`."""
+    return runner.run(batch)
+
+
+def gradients(state) -> dict:
+    """Adam's first moments after one step: the gradients, times 0.1."""
+    return nnx.to_pure_dict(state.opt_state[0].mu)
+
+
+def largest(tree) -> float:
+    return max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
+
+
+def changed(batch, **arrays):
+    return batch | {name: np.asarray(array) for name, array in arrays.items()}
+
+
+def without(batch, unused: np.ndarray, seed: int):
+    """The batch with these instance slots unused, whatever is in them."""
+    rng = np.random.default_rng(seed)
+    noise = {
+        "boxes": rng.uniform(0, 1, batch["boxes"].shape).astype(np.float32),
+        "present": rng.random(batch["present"].shape) < 0.5,
+        "parent": rng.integers(0, 2, batch["parent"].shape, np.int32),
+        "instance_text": rng.integers(0, 300, batch["instance_text"].shape, np.int32),
+        "instance_text_hash": rng.integers(0, 9, batch["parent"].shape, np.int32),
+    }
+    mixed = {}
+    for name, array in noise.items():
+        place = unused.reshape(unused.shape + (1,) * (array.ndim - 2))
+        mixed[name] = np.where(place, array, batch[name])
+    return changed(batch, instance_valid=batch["instance_valid"] & ~unused, **mixed)
+
+
+def test_eight_devices_equal_one(runner, batch, reference):
+    config = align_config()
+    config.mesh.update(replica=2, fsdp=2, tensor=2)
+    many, history = Runner(config, 8).run(batch)
+    one, one_history = reference
+    assert one_history[0] == pytest.approx(history[0], rel=1e-4, abs=1e-6)
+    assert_close(one.opt_state, many.opt_state, 1e-5)
+
+
+def test_loss_is_the_weighted_sum_and_every_gradient_is_there(reference):
+    state, (metrics,) = reference
+    weights = term_weights(align_config())
+    assert set(weights) == set(TERMS)
+    total = sum(weight * metrics[term] for term, weight in weights.items())
+    assert metrics["loss"] == pytest.approx(total, rel=1e-5)
+    assert metrics["instances"] == 32
+    found = gradients(state)
+    for name in ("temperature", "instance_temperature"):
+        assert abs(found[name]) > 1e-6, name
+    for name, part in found["cross_attention"]["blocks"].items():
+        assert largest(part) > 1e-6, name
+    for name in ("heads", "pool_norm", "match_head", "vision_projection", "text_projection"):
+        assert largest(found[name]) > 1e-6, name
+    assert largest(found["text"]["mlm_head"]) > 1e-6
+
+
+def test_unused_slots_change_nothing(runner, batch):
+    unused = np.zeros(batch["parent"].shape, bool)
+    unused[:, 2] = unused[0] = True  # group 0 has no instance left
+    a, b = (runner.run(without(batch, unused, seed)) for seed in (1, 2))
+    assert a[1] == b[1]
+    assert_close(a[0].opt_state, b[0].opt_state, 1e-7)
+    assert a[1][0]["instances"] == 21
+
+
+def test_instances_of_unreadable_samples_do_not_count(runner, batch):
+    valid = batch["sample_valid"].copy()
+    valid[0, 1] = False
+    parts = {"sample_valid": valid, "extent": batch["extent"] * valid[..., None]}
+    state, (metrics,) = runner.run(changed(batch, **parts))
+    assert metrics["instances"] == 30
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_batch_without_instances(runner, batch):
+    unused = np.ones(batch["parent"].shape, bool)
+    state, (metrics,) = runner.run(without(batch, unused, 0))
+    assert [metrics[term] for term in ("inst_vtc", "inst_vtm", "inst_mlm", "instances")] == [0] * 4
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    assert largest(gradients(state)["cross_attention"]) == 0
+    assert metrics["vtc"] > 0
+
+
+def test_siblings_are_no_negatives_and_strangers_are(runner, batch):
+    """Equation (8), alpha = 0; ids of parents hold over the whole batch, not within a group."""
+    one_video = changed(batch, media_hash=np.full_like(batch["media_hash"], 7))
+    metrics = runner.run(one_video)[1][0]
+    assert metrics["inst_vtc"] == pytest.approx(0, abs=1e-6)
+    assert metrics["inst_vtm_accuracy"] in (0, 1) or metrics["inst_vtm"] > 0  # true pairs alone
+    # One instance a group, each the first sample's: eight strangers.
+    valid = np.zeros_like(batch["instance_valid"])
+    valid[:, 0] = True
+    parents = np.zeros_like(batch["parent"])
+    metrics = runner.run(changed(batch, instance_valid=valid, parent=parents))[1][0]
+    assert metrics["instances"] == 8
+    assert metrics["inst_vtc"] > 0.5
+    # The same sentence is no negative either.
+    same = np.full_like(batch["instance_text_hash"], 3)
+    metrics = runner.run(changed(batch, instance_text_hash=same))[1][0]
+    assert metrics["inst_vtc"] == pytest.approx(0, abs=1e-6)
+
+
+def test_thirty_steps_on_one_batch_lower_every_term(runner, batch):
+    _, history = runner.run(batch, 30)
+    assert history[-1]["loss"] < 0.8 * history[0]["loss"]
+    for term in ("rec", "vtc", "mlm", "inst_vtc", "inst_mlm"):
+        assert history[-1][term] < history[0][term], term
+    assert history[-1]["temperature"] != history[-1]["instance_temperature"]
+
+
+def test_groups_in_another_order_give_the_same():
+    """Without draws: the contrasts, the whole square picture, unmasked, never flipped."""
+    config = tiny_config("stage2,unmasked")
+    config.data.update(
+        batch_size=16, frames=2, canvas=(24, 24), view_area=(1.0, 1.0), view_aspect=(1.0, 1.0)
+    )
+    config.data.flip = False
+    batch = batch_for(config)
+    batch["extent"][:] = 1.0
+    runner = Runner(config, 1)
+    order = np.random.default_rng(0).permutation(8)
+    a, b = runner.run(batch), runner.run({name: array[order] for name, array in batch.items()})
+    assert a[1][0] == pytest.approx(b[1][0], rel=1e-4)
+    assert_close(gradients(a[0]), gradients(b[0]), 1e-5)
+
+
+def traced(config):
+    """(loss function, abstract arguments) of the stage, nothing computed."""
+    stage = objective(config)
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: stage.create(config, nnx.Rngs(0))))
+    frozen = nnx.eval_shape(lambda: stage.create_frozen(config, nnx.Rngs(0)))
+    frozen_graphdef, frozen = nnx.split(frozen)
+
+    def loss(params, frozen, batch):
+        model, teacher = nnx.merge(graphdef, params), nnx.merge(frozen_graphdef, frozen)
+        return stage.loss(config, model, teacher, batch, jax.random.key(0))
+
+    return loss, (params, frozen, batch_for(config))
+
+
+def test_terms_of_weight_zero_cost_nothing():
+    cost, names = {}, {}
+    for name in ("all_terms", "contrast_only", "umt_g", "umt_gi"):
+        config = tiny_config(f"stage2,{name}")
+        config.distill.mask_score = "cls" if name == "all_terms" else "random"
+        loss, arguments = traced(config)
+        cost[name] = flops.count_flops(loss, *arguments)
+        names[name] = set(jax.eval_shape(loss, *arguments)[1]) & set(TERMS)
+        assert bool(jax.tree.leaves(arguments[1])) == (name == "all_terms")  # a teacher
+    assert names == {
+        "all_terms": set(TERMS),
+        "contrast_only": {"vtc", "inst_vtc"},
+        "umt_g": {"vtc"},
+        "umt_gi": {"vtc"},
+    }
+    assert cost["umt_g"] < cost["umt_gi"] < cost["contrast_only"] < cost["all_terms"]
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_options_together(frames):
+    changes = {
+        "align.scene_anchor": True,
+        "align.still_boxes": True,
+        "align.crop_mask_ratio": 0.5,
+        "align.cross_attention": frames == 1,
+        "align.global_instances": True,
+        "data.frames": frames,
+    }
+    loss, arguments = traced(align_config(**changes))
+    value, metrics = jax.eval_shape(loss, *arguments)
+    assert value.shape == () and metrics["inst_mlm"].shape == ()
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_instances_have_their_own_temperature_or_share_tau(own):
+    config = align_config(**{"align.own_temperature": own})
+    model = nnx.eval_shape(lambda: objective(config).create(config, nnx.Rngs(0)))
+    model.temperature[...] = jnp.float32(0.2)
+    model.instance_temperature[...] = jnp.float32(0.3)
+    assert model.instance_tau() == pytest.approx(0.3 if own else 0.2)
+    assert model.tau() == pytest.approx(0.2)
+
+
+def test_still_box_is_that_of_the_middle_present_frame():
+    every = np.arange(5, dtype=np.float32)[None, :, None] * np.ones((4, 1, 4), np.float32)
+    present = np.array([[0, 1, 1, 1, 0], [1, 0, 0, 1, 1], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]], bool)
+    held, shown = boxes.hold_still(jnp.asarray(every), jnp.asarray(present))
+    np.testing.assert_array_equal(held[:3, :, 0], [[2] * 5, [3] * 5, [4] * 5])
+    np.testing.assert_array_equal(shown.all(1), [True, True, True, False])
+    assert not shown[3].any()
+
+
+def test_scene_codes_interpolate_the_encoders_table():
+    rng = np.random.default_rng(0)
+    side, crop, width, frames = 4, 3, 8, 2
+    low = rng.uniform(-0.3, 0.5, (1, 5, frames, 2))
+    box = np.concatenate([low, low + rng.uniform(0.2, 0.9, low.shape)], -1).astype(np.float32)
+    codes = boxes.scene_codes(jnp.asarray(box), crop_side=crop, scene_side=side, width=width)
+    table = np.asarray(position_codes(frames, side**2, width)).reshape(frames, side, side, width)
+    for n, t, i, j in np.ndindex(5, frames, crop, crop):
+        x0, y0, x1, y1 = np.float64(box[0, n, t])
+        y = np.clip((y0 + (i + 0.5) / crop * (y1 - y0)) * side - 0.5, 0, side - 1)
+        x = np.clip((x0 + (j + 0.5) / crop * (x1 - x0)) * side - 0.5, 0, side - 1)
+        r, c = min(int(y), side - 2), min(int(x), side - 2)
+        fy, fx = y - r, x - c
+        top = table[t, r, c] * (1 - fx) + table[t, r, c + 1] * fx
+        bottom = table[t, r + 1, c] * (1 - fx) + table[t, r + 1, c + 1] * fx
+        expected = top * (1 - fy) + bottom * fy
+        np.testing.assert_allclose(codes[0, n, (t * crop + i) * crop + j], expected, atol=1e-5)
+    whole = jnp.asarray([[[[0.0, 0, 1, 1]] * frames]])
+    codes = boxes.scene_codes(whole, crop_side=side, scene_side=side, width=width)
+    np.testing.assert_allclose(codes[0, 0], table.reshape(-1, width), atol=1e-6)
+
+
+def test_boxes_in_a_view():
+    box = jnp.asarray([[[0.5, 0.25, 0.75, 0.5]]])
+    view = jnp.asarray([[0.5, 0.0, 1.0, 0.5]])
+    plain = boxes.to_view(box, view, jnp.asarray([False]))
+    np.testing.assert_allclose(plain[0, 0], [0, 0.5, 0.5, 1], atol=1e-6)
+    flipped = boxes.to_view(box, view, jnp.asarray([True]))
+    np.testing.assert_allclose(flipped[0, 0], [0.5, 0.5, 1, 1], atol=1e-6)
+
+
+def save(workdir, runner: Runner, stage: str) -> None:
+    with jax.set_mesh(runner.mesh):
+        state = jax.device_put(runner.initial)
+        checkpointer = Checkpointer(str(workdir), every=1, keep=1)
+        checkpointer.save(state, 3, data={}, meta={"stage": stage})
+        checkpointer.close()
+
+
+def start(runner: Runner, source, **changes):
+    config = align_config(**{"checkpoint.init_from": str(source), "seed": 5} | changes)
+    fresh = jax.tree.map(lambda leaf: leaf + 1, runner.initial.params)
+    with jax.set_mesh(runner.mesh):
+        return initial_params(
+            config, objective(config), runner.program.abstract.params, fresh
+        ), fresh
+
+
+def test_starts_from_a_distilled_student_strictly(runner, tmp_path, capsys):
+    config = tiny_config("stage1")
+    config.vision.depth = config.teacher.depth = 2
+    student = Runner(config, 1)
+    save(tmp_path / "student", student, "distill")
+    params, fresh = start(runner, tmp_path / "student")
+    for name in ("encoder", "heads"):
+        assert_close(params[name], student.initial.params[name], 0)
+    for name in ("text", "cross_attention", "pool_norm"):
+        assert_close(params[name], fresh[name], 0)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(params)
+    assert sum("student (distill, step 3)" in line for line in lines) == 2
+    assert sum(line.endswith("fresh") for line in lines) == len(lines) - 2
+    save(tmp_path / "other", student, "teacher")
+    with pytest.raises(UserError, match="stage 'align' starts from align, distill"):
+        start(runner, tmp_path / "other")
+    save(tmp_path / "aligned", runner, "align")
+    params, _ = start(runner, tmp_path / "aligned")
+    assert_close(params, runner.initial.params, 0)
+    save(tmp_path / "wrong", runner, "distill")
+    with pytest.raises(UserError, match="has no place for its 'cross_attention'"):
+        start(runner, tmp_path / "wrong")
