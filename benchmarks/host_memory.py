@@ -20,6 +20,7 @@ from stage1_probe import tiny_stage1
 from instap_jax import config_check
 from instap_jax.train.loop import train
 from instap_jax.train.metrics import read_metrics
+from instap_jax.train.stop import StopRequest
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -71,7 +72,7 @@ def main() -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        train(config, args.out)
+        train(config, args.out, StopRequest())
     finally:
         done.set()
         watcher.join()

@@ -25,6 +25,7 @@ from instap_jax.evaluation.features import embed_suite, load_encoder
 from instap_jax.evaluation.tasks import measure_probes
 from instap_jax.train.loop import train
 from instap_jax.train.metrics import read_metrics
+from instap_jax.train.stop import StopRequest
 from instap_jax.types import Kind
 
 SUITES = ((Kind.VIDEO, "video_1k", "val_video"), (Kind.IMAGE, "img_zero_1k", "val_img"))
@@ -81,7 +82,7 @@ def main() -> None:
         )
         config_check.check(config)
         config_check.record(loaded, workdir)
-        train(config, workdir)
+        train(config, workdir, StopRequest())
         lines = read_metrics(workdir)
         losses.append((lines[0]["loss"], statistics.mean(line["loss"] for line in lines[-5:])))
         for into, is_random in ((trained, False), (random, True)):

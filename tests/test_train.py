@@ -18,6 +18,7 @@ from instap_jax.errors import UserError
 from instap_jax.train import checkpoint, loop
 from instap_jax.train.metrics import read_metrics
 from instap_jax.train.program import build_program
+from instap_jax.train.stop import StopRequest
 
 TIMES = ("time", "examples_per_second", "step_seconds", "data_wait_seconds", "compute_seconds")
 
@@ -61,7 +62,7 @@ def run(config, workdir: Path):
     config_check.record(
         config_check.LoadedConfig(config=config, file="test", overrides={}), workdir
     )
-    return jax.device_get(loop.train(config, workdir))
+    return jax.device_get(loop.train(config, workdir, StopRequest()))
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from pathlib import Path
 from absl import flags
 
 from instap_jax import config_check
+from instap_jax.train.stop import StopRequest
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -17,6 +18,7 @@ def run(values: flags.FlagValues) -> None:
     workdir = Path(values["workdir"].value)
     config_check.record(loaded, workdir)
     # Only now JAX: a wrong key or path has already been reported.
-    from instap_jax.train.loop import train
+    with StopRequest() as stop:
+        from instap_jax.train.loop import train
 
-    train(loaded.config, workdir)
+        train(loaded.config, workdir, stop)

@@ -28,20 +28,23 @@ from instap_jax.train.initialise import initial_params
 from instap_jax.train.metrics import MetricWriter
 from instap_jax.train.program import Program, build_program
 from instap_jax.train.state import TrainState
+from instap_jax.train.stop import StopRequest
 
 
-def train(config: ConfigDict, workdir: Path) -> TrainState:
+def train(config: ConfigDict, workdir: Path, stop: StopRequest) -> TrainState:
     """Trains until `config.steps` (or `config.stop_at`), resuming what the workdir holds.
 
     Args:
       config: resolved and checked.
       workdir: exists; holds nothing or a run of the same config.
+      stop: asked at every step; a fresh `StopRequest()` never asks.
 
     Returns:
       The final state.
 
     Raises:
       UserError: for faults of the input: data, teacher, checkpoint, non-finite loss.
+      KeyboardInterrupt: when `stop` asked; a single process has saved the step it stopped after.
     """
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
@@ -50,7 +53,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
             str(workdir), every=config.checkpoint.every, keep=config.checkpoint.keep
         )
         try:
-            return _run(config, workdir, mesh, program, checkpointer)
+            return _run(config, workdir, mesh, program, checkpointer, stop)
         except KeyboardInterrupt:
             checkpointer.wait()  # for a save in progress
             step = checkpointer.latest_step()
@@ -60,7 +63,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
             checkpointer.close()
 
 
-def _run(config, workdir, mesh, program: Program, checkpointer) -> TrainState:
+def _run(config, workdir, mesh, program: Program, checkpointer, stop: StopRequest) -> TrainState:
     frozen = _load_frozen(config, program)
     state, data_state = _start(config, program, checkpointer)
     start = int(state.step)
@@ -70,9 +73,11 @@ def _run(config, workdir, mesh, program: Program, checkpointer) -> TrainState:
         return state
     if _is_main():
         print(_summary(config, mesh, state, start, last))
+    if stop:
+        raise KeyboardInterrupt
     feed = Feed(config, mesh, start_step=start, state=data_state)
     writer = MetricWriter(workdir, config, resume_step=start) if _is_main() else None
-    run = _Run(config, mesh, program, checkpointer, feed, writer)
+    run = _Run(config, mesh, program, checkpointer, feed, writer, stop)
     try:
         return run.steps(state, frozen, start, last)
     finally:
@@ -84,8 +89,8 @@ def _run(config, workdir, mesh, program: Program, checkpointer) -> TrainState:
 class _Run:
     """The steps of one process, from `start` to `last`."""
 
-    def __init__(self, config, mesh, program, checkpointer, feed: Feed, writer):
-        self._config, self._mesh, self._program = config, mesh, program
+    def __init__(self, config, mesh, program, checkpointer, feed: Feed, writer, stop: StopRequest):
+        self._config, self._mesh, self._program, self._stop = config, mesh, program, stop
         self._checkpointer, self._feed, self._writer = checkpointer, feed, writer
         self._flops: dict = {}
         self._clock = _Clock()
@@ -102,10 +107,15 @@ class _Run:
                 if pending:
                     progress.update(note=self._finish(*pending))
                 pending = (step, metrics, fed)
-                if self._due(step, last):
+                stop = bool(self._stop)  # read once: it may turn true at any moment
+                if stop or self._due(step, last):
                     progress.update(note=self._finish(*pending))
                     pending = None
-                    self._save(state, step, fed, force=step == last)
+                    # Several processes may not have been asked at the same step.
+                    alone = stop and jax.process_count() == 1
+                    self._save(state, step, fed, force=alone or step == last)
+                if stop:
+                    raise KeyboardInterrupt
         return state
 
     def _due(self, step: int, last: int) -> bool:
