@@ -320,13 +320,13 @@ def _decode_into(canvas: np.ndarray, record: Record, chosen: np.ndarray) -> tupl
     height, width = fitting_size(*record.size, canvas.shape[1:3])
     if height > canvas.shape[1] or width > canvas.shape[2]:
         raise _BadSample(Fault.WRONG_SHAPE)
-    canvas[:, height:] = 0
-    canvas[:, :height, width:] = 0
     try:
         for t, picture in enumerate(_pictures(record, chosen, (height, width))):
             if picture.shape != (height, width, 3):
                 raise _BadSample(Fault.WRONG_SHAPE)
             canvas[t, :height, :width] = picture
+            canvas[t, :height, width:] = 0  # here, while these lines of memory are at hand
+            canvas[t, height:] = 0
     except media.MediaError as error:
         raise _BadSample(Fault.UNDECODABLE_MEDIA) from error
     return height, width
