@@ -97,7 +97,9 @@ def dot_plot(
 ) -> Html:
     """Values by row, one colour per run, 95 % intervals as whiskers, chance as a grey tick."""
     per_row = max((sum(d.row == row for d in dots) for row in range(len(rows))), default=1)
-    figure, axes = _axes(5.4, 0.75 + len(rows) * max(0.3, 0.13 * per_row + 0.12))
+    lines = max((row.count("\n") + 1 for row in rows), default=1)
+    height = max(0.3, 0.13 * per_row + 0.12, 0.17 * lines + 0.1)  # inches; room for the labels
+    figure, axes = _axes(5.4, 0.75 + len(rows) * height)
     for row in range(len(rows)):
         mine = [dot for dot in dots if dot.row == row]
         spread = np.linspace(-0.3, 0.3, len(mine)) if len(mine) > 1 else [0.0]
