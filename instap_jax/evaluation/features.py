@@ -4,11 +4,15 @@ What a clip's embedding is depends on the stage of the run:
   teacher   mean over the frames of CLIP's class token; text by the same CLIP.
   distill   mean over all tokens of the last distillation head's output, that is, in the teacher's
             space; text by the teacher. Stage 1 sees no text: this measures what distillation kept.
+  align     W_v of the mean over all tokens, unmasked; W_t of the text. Instances, too, have an
+            embedding: z~ of (7), cut and contextualised as in training. Where training had no
+            equation (8) (the baselines), W_v of the mean of the crop's own tokens.
 
 An entity's feature is the mean of the last layer's tokens whose patches its boxes cover, weighted
 by the covered area, over the frames in which it is present.
 """
 
+import collections
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -28,16 +32,23 @@ from instap_jax.data.records import RecordSource, open_source
 from instap_jax.errors import UserError
 from instap_jax.models import preprocess
 from instap_jax.models.distillation import Student
+from instap_jax.models.instap import InstAP
 from instap_jax.models.teacher import ClipModel
 from instap_jax.progress import Progress
 from instap_jax.train import checkpoint
-from instap_jax.train.objectives import OBJECTIVES, embed_frames
+from instap_jax.train.objectives import (
+    OBJECTIVES,
+    embed_frames,
+    see_instances,
+    term_weights,
+    whole_view,
+)
 from instap_jax.train.state import shardings, with_sharding
 from instap_jax.types import Batch, Kind
 
 # What embedding a batch reads of it.
 SAMPLE_KEYS = ("frames", "extent", "text")
-INSTANCE_KEYS = ("boxes", "present", "parent")
+INSTANCE_KEYS = ("boxes", "present", "parent", "instance_text")
 
 Embed = Callable[[Any, Batch], dict[str, jax.Array]]
 
@@ -50,8 +61,10 @@ class Encoder:
       config: of the run, with the tokenizer and text encoder that captions are read with.
       params: of everything that `embed` needs.
       embed: (params, batch [1, b, ...]) -> {'video' [b, p], 'text' [b, p], 'entity' [n, d]},
-        float32; video and text l2-normalised.
+        float32, and from stage 'align' 'instance' and 'instance_text' [n, p]; all but the entities
+        l2-normalised.
       weights: whose they are, for the protocol; `step` of training.
+      instances: how instances are embedded, for the protocol; '' where they are not.
     """
 
     config: ConfigDict
@@ -59,6 +72,7 @@ class Encoder:
     embed: Embed
     weights: str
     step: int
+    instances: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +82,8 @@ class SuiteFeatures:
     Attributes:
       video, text: float32 [N, p], l2-normalised; row i of both is record i.
       entity: float32 [M, d].
+      instance, instance_text: float32 [M, p], l2-normalised; row i of both is entity i; None where
+        the encoder embeds no instances.
       labels: M dicts, the `attributes` that the annotation gave the entity ({} without).
       frames: T, frames of a clip.
     """
@@ -78,6 +94,8 @@ class SuiteFeatures:
     entity: np.ndarray
     labels: list[dict[str, Any]]
     frames: int
+    instance: np.ndarray | None = None
+    instance_text: np.ndarray | None = None
 
 
 def load_encoder(workdir: Path, mesh: Mesh, *, random_weights: bool = False) -> Encoder:
@@ -100,11 +118,13 @@ def load_encoder(workdir: Path, mesh: Mesh, *, random_weights: bool = False) -> 
         clip_config = config_check.read(teacher)
         clip, clip_params = _load(clip_config, OBJECTIVES["teacher"].create, str(teacher), mesh)
         config = _with_text_of(config, clip_config)
-    video = {"teacher": _clip_features, "distill": _student_features}[config.stage]
 
     def embed(params, batch: Batch) -> dict[str, jax.Array]:
-        batch = {name: array[0] for name, array in batch.items()}
         own, text = nnx.merge(model, params["model"]), nnx.merge(clip, params["clip"])
+        if config.stage == "align":
+            return _align_features(config, own, batch)
+        batch = {name: array[0] for name, array in batch.items()}
+        video = {"teacher": _clip_features, "distill": _student_features}[config.stage]
         embedding, tokens = video(config, own, batch)
         return {
             "video": _unit(embedding),
@@ -121,6 +141,7 @@ def load_encoder(workdir: Path, mesh: Mesh, *, random_weights: bool = False) -> 
         embed=jax.jit(embed, in_shardings=(None, places), out_shardings=whole),
         weights=_weights_name(config.stage) + (", random" if random_weights else ""),
         step=0 if random_weights else step,
+        instances=_instances_name(config),
     )
 
 
@@ -145,17 +166,17 @@ def embed_suite(
     """
     source = open_source(directory, split, kind)
     frames = (frames or encoder.config.data.frames) if kind is Kind.VIDEO else 1
-    found: dict[str, list[np.ndarray]] = {"video": [], "text": [], "entity": []}
+    found: dict[str, list[np.ndarray]] = collections.defaultdict(list)
     batches = evaluation_groups(encoder.config, directory, split, kind, frames, batch_size)
     with Progress(f"embed {split}", len(source)) as progress:
         for batch in batches:
             _refuse_faults(batch, source)
             read = {name: batch[name] for name in SAMPLE_KEYS + INSTANCE_KEYS}
             out = jax.device_get(encoder.embed(encoder.params, read))
-            valid = batch["sample_valid"][0]
-            found["video"].append(out["video"][valid])
-            found["text"].append(out["text"][valid])
-            found["entity"].append(out["entity"][batch["instance_valid"][0]])
+            valid, instance_valid = batch["sample_valid"][0], batch["instance_valid"][0]
+            for name, array in out.items():
+                rows = valid if name in ("video", "text") else instance_valid
+                found[name].append(array[rows])
             progress.update(int(valid.sum()))
     arrays = {name: np.concatenate(parts) for name, parts in found.items()}
     labels = [dict(extra.get("attributes", {})) for extra in _instance_extras(source)]
@@ -223,6 +244,28 @@ def _student_features(config: ConfigDict, model: Student, batch: Batch):
     return model(video)[-1].mean(1), tokens.reshape((clips, frames, -1, tokens.shape[-1]))
 
 
+def _align_features(config: ConfigDict, model: InstAP, batch: Batch) -> dict[str, jax.Array]:
+    view = whole_view(batch)
+    video = view.render(batch, config.vision.image_size, preprocess.IMAGENET)
+    tokens = model.encoder(video).tokens
+    pooled = jnp.mean(tokens, axis=1, dtype=jnp.float32)
+    seen = see_instances(config, model, batch, tokens[None], view)
+    instance = seen.pooled if "inst_vtc" in term_weights(config) else seen.crop
+    grid = tokens.reshape((*video.shape[:2], -1, tokens.shape[-1]))
+    boxes, present, parent = (batch[name][0] for name in ("boxes", "present", "parent"))
+
+    def text(ids: jax.Array) -> jax.Array:
+        return _unit(model.embed_text(model.text.encode(ids).pooled))
+
+    return {
+        "video": _unit(model.embed_visual(pooled)),
+        "text": text(batch["text"][0]),
+        "entity": pool_boxes(grid, boxes, present, parent),
+        "instance": _unit(model.embed_visual(instance[0])),
+        "instance_text": text(batch["instance_text"][0]),
+    }
+
+
 def _whole_picture(batch: Batch, size: int, constants) -> jax.Array:
     frames = batch["frames"]
     boxes = preprocess.center_view(batch["extent"])
@@ -237,7 +280,19 @@ def _unit(x: jax.Array) -> jax.Array:
 
 
 def _weights_name(stage: str) -> str:
-    return {"teacher": "teacher", "distill": "student, distillation head"}[stage]
+    names = {"teacher": "teacher", "distill": "student, distillation head", "align": "aligned"}
+    return names[stage]
+
+
+def _instances_name(config: ConfigDict) -> str:
+    """How stage 'align' embeds an instance."""
+    if config.stage != "align":
+        return ""
+    boxes = "one box held still" if config.align.still_boxes else "box trajectory"
+    if "inst_vtc" not in term_weights(config) or not config.align.cross_attention:
+        return f"crop of its {boxes}"
+    anchored = ", anchored in the scene" if config.align.scene_anchor else ""
+    return f"crop of its {boxes}{anchored}, cross-attended to the scene"
 
 
 def _with_text_of(config: ConfigDict, other: ConfigDict) -> ConfigDict:

@@ -102,6 +102,25 @@ def measure_retrieval(encoder: Encoder, suite: SuiteFeatures) -> Measurement:
     )
 
 
+def measure_instance_retrieval(encoder: Encoder, suite: SuiteFeatures) -> Measurement:
+    """Every instance of the suite against every instance caption, by the dual encoder."""
+    similarity = suite.instance_text @ suite.instance.T
+    return Measurement(
+        protocol=Protocol(
+            suite=suite.name,
+            unit="instance captions",
+            scoring="dual encoder, cosine",
+            frames=suite.frames,
+            weights=encoder.weights,
+            step=encoder.step,
+            notes=f"caption cut to {encoder.config.tokenizer.length} tokens; {encoder.instances}; "
+            "uniform frames",
+        ),
+        metrics=retrieval_metrics(similarity, np.eye(len(similarity), dtype=bool)),
+        counts={"texts": len(suite.instance_text), "videos": len(suite.instance)},
+    )
+
+
 def measure_probes(encoder: Encoder, suite: SuiteFeatures, fit: SuiteFeatures) -> list[Measurement]:
     """Attributes of the entities of `suite`, read off their features by probes fitted on `fit`.
 
@@ -148,7 +167,10 @@ def _known(suite: SuiteFeatures, name: str) -> tuple[np.ndarray, list[str]]:
 
 def _retrieval_task(session: Session, suite: SuiteFeatures, kind: Kind) -> list[Measurement]:
     del kind
-    return [measure_retrieval(session.encoder, suite)]
+    measured = [measure_retrieval(session.encoder, suite)]
+    if suite.instance is not None and len(suite.instance):
+        measured.append(measure_instance_retrieval(session.encoder, suite))
+    return measured
 
 
 def _probe_task(session: Session, suite: SuiteFeatures, kind: Kind) -> list[Measurement]:
