@@ -41,10 +41,11 @@ instap train --config=configs/tiny.py:stage1 --workdir="$out/stage1" \
 
 say "6/7 evaluate"
 for run in teacher stage1; do
-  instap evaluate --workdir="$out/$run" --task=retrieval,probe --frames=4 \
-    --videos="$packed:video_1k" --probe_videos="$packed:val_video" \
-    --images="$packed:img_1k,$packed:img_zero_1k" --probe_images="$packed:val_img"
+  instap evaluate --workdir="$out/$run" --task=retrieval --frames=4 \
+    --videos="$packed:video_1k" --images="$packed:img_1k,$packed:img_zero_1k"
 done
+instap evaluate --workdir="$out/stage1" --task=probe \
+  --videos="$packed:video_1k" --probe_videos="$packed:val_video"
 
 say "7/7 report"
 instap report --workdirs="$out/teacher,$out/stage1" --out="$out/report.html" \
