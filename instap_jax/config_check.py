@@ -59,6 +59,9 @@ POSITIVE = (
     "align.cross_attention_heads",
     "optimizer.learning_rate",
     "optimizer.accumulate",
+    "optimizer.epsilon",
+    "optimizer.layer_decay",
+    "contrastive.temperature",
     "checkpoint.every",
     "checkpoint.keep",
     "log.every",
@@ -74,7 +77,32 @@ RATIOS = (
     "align.mask_ratio_video",
     "align.mask_ratio_image",
     "align.crop_mask_ratio",
+    "vision.drop_path",
+    "text.dropout",
 )
+
+NON_NEGATIVE = (
+    "seed",
+    "data.workers",
+    "data.prefetch",
+    "data.device_prefetch",
+    "data.max_fault_rate",
+    "optimizer.warmup_steps",
+    "optimizer.min_learning_rate",
+    "optimizer.weight_decay",
+    *WEIGHTS,
+)
+# Positive where they are set at all.
+OPTIONAL = ("stop_at", "data.group_size", "optimizer.reference_batch", "optimizer.clip_norm")
+# Key -> (smallest, largest) of each member; all but canvas and betas rise.
+TUPLES = {
+    "data.canvas": (1, 1 << 14),
+    "data.view_area": (1e-3, 1.0),
+    "data.view_aspect": (1e-2, 1e2),
+    "contrastive.temperature_range": (1e-6, 1e3),
+    "optimizer.betas": (0.0, 0.99999),
+}
+PATHS = ("tokenizer.path", "teacher.checkpoint", "checkpoint.init_from")
 
 # What may differ when a run goes on: it changes speed, output or length, not the result of a step.
 MAY_CHANGE = (
@@ -123,14 +151,41 @@ def load(values: flags.FlagValues) -> LoadedConfig:
       UserError: naming every field that is wrong.
     """
     if values["config"].value is None:
-        raise UserError("--config=FILE is missing, for example --config=configs/tiny_teacher.py")
+        raise UserError("--config=FILE is missing, for example --config=configs/tiny.py:teacher")
     config = values["config"].value
     check(config)
+    _make_absolute(config)
     return LoadedConfig(
         config=config,
         file=values["config"].config_filename,
         overrides=dict(values["config"].override_values),
     )
+
+
+def _make_absolute(config: ConfigDict) -> None:
+    """So that the run goes on, and is evaluated, from any directory."""
+    flat = flatten(config)
+    changed = {key: absolute(flat[key]) for key in PATHS if flat[key]}
+    for key in ("data.videos", "data.images"):
+        parts = (part.strip() for part in flat[key].split(",") if part.strip())
+        changed[key] = ",".join(absolute(part) for part in parts)
+    config.update_from_flattened_dict(changed)
+
+
+def absolute(path: str) -> str:
+    """A local path made absolute; an object-store address as it is."""
+    return path if "://" in path else os.path.abspath(path)
+
+
+def local_workdir(text: str) -> Path:
+    """The workdir of a flag.
+
+    Raises:
+      UserError: for an object-store address: metrics are appended to, which those cannot do.
+    """
+    if "://" in text:
+        raise UserError(f"--workdir={text}: must be a local or mounted directory")
+    return Path(text)
 
 
 def check(config: ConfigDict) -> None:
@@ -140,18 +195,7 @@ def check(config: ConfigDict) -> None:
       UserError: one line that names every field that is wrong.
     """
     flat = flatten(config)
-    faults = _key_faults(flat)
-    if not faults:
-        faults += [
-            f"{key}={flat[key]!r} is none of {', '.join(choices)}{_suggest(flat[key], choices)}"
-            for key, choices in CHOICES.items()
-            if flat[key] not in choices
-        ]
-        faults += [f"{key}={flat[key]} must be positive" for key in POSITIVE if flat[key] <= 0]
-        faults += [f"{key}={flat[key]} is negative" for key in WEIGHTS if flat[key] < 0]
-        faults += [f"{k}={flat[k]} must be in [0, 1)" for k in RATIOS if not 0 <= flat[k] < 1]
-    if not faults:
-        faults += _relation_faults(config)
+    faults = _key_faults(flat) or _value_faults(flat) or _relation_faults(config)
     if faults:
         raise UserError("config: " + "; ".join(faults))
 
@@ -160,6 +204,28 @@ def _key_faults(flat: dict[str, Any]) -> list[str]:
     known = flatten(default())
     unknown = [f"unknown key {key!r}{_suggest(key, known)}" for key in flat if key not in known]
     return unknown + [f"missing key {key!r}" for key in known if key not in flat]
+
+
+def _value_faults(flat: dict[str, Any]) -> list[str]:
+    """Faults of single fields."""
+    faults = [
+        f"{key}={flat[key]!r} is none of {', '.join(choices)}{_suggest(flat[key], choices)}"
+        for key, choices in CHOICES.items()
+        if flat[key] not in choices
+    ]
+    given = [key for key in OPTIONAL if flat[key] is not None]
+    faults += [f"{k}={flat[k]} must be positive" for k in (*POSITIVE, *given) if flat[k] <= 0]
+    faults += [f"{k}={flat[k]} must not be negative" for k in NON_NEGATIVE if flat[k] < 0]
+    faults += [f"{k}={flat[k]} must be in [0, 1)" for k in RATIOS if not 0 <= flat[k] < 1]
+    for key, (low, high) in TUPLES.items():
+        value = flat[key]
+        fits = len(value) == 2 and all(low <= member <= high for member in value)
+        if not fits or (key not in ("data.canvas", "optimizer.betas") and value[0] > value[1]):
+            faults.append(f"{key}={value} must be two values within [{low}, {high}], rising")
+    for axis in ("replica", "fsdp", "tensor"):
+        if flat[f"mesh.{axis}"] < 1 and flat[f"mesh.{axis}"] != -1:
+            faults.append(f"mesh.{axis}={flat[f'mesh.{axis}']} must be positive, or -1")
+    return faults
 
 
 def _relation_faults(config: ConfigDict) -> list[str]:
@@ -172,6 +238,8 @@ def _relation_faults(config: ConfigDict) -> list[str]:
     for name in ("vision", "teacher", "text"):
         if c[name].width % c[name].heads:
             faults.append(f"{name}.width={c[name].width} is no multiple of its heads")
+    if c.stage != "distill" and c.tokenizer.length > c.text.max_length:
+        faults.append(f"tokenizer.length={c.tokenizer.length} is more than text.max_length")
     if not 0 <= c.data.image_fraction <= 1:
         faults.append(f"data.image_fraction={c.data.image_fraction} must be in [0, 1]")
     if not c.optimizer.warmup_steps < c.steps:
@@ -223,15 +291,21 @@ def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
 def record(loaded: LoadedConfig, workdir: Path) -> None:
     """Creates the workdir with `config.json`, or checks that it holds a run of this configuration.
 
+    A run without a checkpoint yet (a first start that failed) has nothing to protect: its
+    configuration is replaced.
+
     Raises:
       UserError: when the workdir holds another configuration's run, or other files.
     """
     path = workdir / "config.json"
     resolved = json.loads(json.dumps(loaded.config.to_dict()))
-    if path.exists():
-        _check_same(path, resolved)
-    elif workdir.exists() and any(workdir.iterdir()):
-        raise UserError(f"{workdir}: not empty and not a run (it has no config.json)")
+    try:
+        if any((workdir / "checkpoints").glob("[0-9]*")):
+            _check_same(path, resolved)
+        elif workdir.exists() and not path.exists() and any(workdir.iterdir()):
+            raise UserError(f"{workdir}: not empty and not a run (it has no config.json)")
+    except OSError as error:
+        raise UserError(f"{workdir}: {error.strerror}") from error
     base = json.loads(json.dumps(flatten(default())))
     flat = flatten(resolved)
     content = {
@@ -256,24 +330,34 @@ def read(workdir: Path) -> ConfigDict:
       UserError: when there is none, or it is of a version with other keys.
     """
     path = workdir / "config.json"
-    try:
-        stored = json.loads(path.read_text())["config"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: not the config.json of a run ({error})") from error
     config = default()
-    flat, known = flatten(stored), flatten(config)
+    flat, known = _stored(path), flatten(config)
     if flat.keys() != known.keys():
-        raise UserError(f"{path}: {'; '.join(_key_faults(flat))}")
-    for key, value in flat.items():
-        if value is not None:
-            is_tuple = isinstance(known[key], tuple)
-            config.update_from_flattened_dict({key: tuple(value) if is_tuple else value})
-    check(config)
+        faults = _key_faults(flat)
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise UserError(f"{path} is of another version: {'; '.join(faults[:3])}{more}")
+    try:
+        for key, value in flat.items():
+            if value is not None:
+                is_tuple = isinstance(known[key], tuple)
+                config.update_from_flattened_dict({key: tuple(value) if is_tuple else value})
+        check(config)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from error
     return config
 
 
+def _stored(path: Path) -> dict[str, Any]:
+    """The flat configuration in a `config.json`."""
+    try:
+        return flatten(json.loads(path.read_text())["config"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = getattr(error, "strerror", None) or "damaged"
+        raise UserError(f"{path} is not the config.json of a run: {reason}") from error
+
+
 def _check_same(path: Path, resolved: dict[str, Any]) -> None:
-    stored, new = flatten(json.loads(path.read_text())["config"]), flatten(resolved)
+    stored, new = _stored(path), flatten(resolved)
     differ = [
         f"{key} ({stored.get(key)} there, {new.get(key)} now)"
         for key in sorted(stored.keys() | new.keys())

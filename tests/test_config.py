@@ -83,7 +83,7 @@ def test_unknown_ablation_is_refused(part):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"align.rec": -1.0}, "align.rec=-1.0 is negative"),
+        ({"align.rec": -1.0}, "align.rec=-1.0 must not be negative"),
         ({"align.mask_ratio_image": 1.0}, "align.mask_ratio_image=1.0 must be in [0, 1)"),
         ({f"align.{k}": 0.0 for k in ("rec", "vtc", "vtm", "mlm", "instance")}, "weight 0"),
         ({"align.vtc": 0.0, "align.global_instances": True}, "adds pairs to align.vtc"),
@@ -116,6 +116,16 @@ def test_wrong_values_of_stage_2_are_named(changes, message):
         ({"data.batch_size": 0}, "data.batch_size=0 must be positive"),
         ({"optimizer.warmup_steps": 1000}, "must be below steps"),
         ({"compute.dtype": "float16"}, "none of bfloat16, float32"),
+        ({"data.device_prefetch": -1}, "must not be negative"),
+        ({"data.group_size": 0}, "data.group_size=0 must be positive"),
+        ({"stop_at": 0}, "stop_at=0 must be positive"),
+        ({"optimizer.clip_norm": -1.0}, "must be positive"),
+        ({"data.canvas": (64,)}, "must be two values"),
+        ({"data.view_area": (0.9, 0.5)}, "rising"),
+        ({"optimizer.betas": (0.9, 1.0)}, "optimizer.betas"),
+        ({"mesh.fsdp": 0}, "mesh.fsdp=0 must be positive, or -1"),
+        ({"vision.drop_path": 1.5}, "must be in [0, 1)"),
+        ({"stage": "teacher", "tokenizer.length": 513}, "more than text.max_length"),
     ],
 )
 def test_wrong_values_are_named(changes, message):
@@ -191,10 +201,42 @@ def test_record_and_read_back(tmp_path):
 
 def test_workdir_of_another_config_is_refused(tmp_path):
     config_check.record(loaded(), tmp_path)
+    (tmp_path / "checkpoints" / "100").mkdir(parents=True)
     with pytest.raises(UserError, match=r"vision.depth \(4 there, 3 now\)"):
         config_check.record(loaded(**{"vision.depth": 3}), tmp_path)
     # what changes no step's result may differ
     config_check.record(loaded(**{"log.every": 3, "data.workers": 2, "stop_at": 5}), tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"config": 3}', "{}", "\xff"])
+def test_damaged_config_json_is_one_line(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "checkpoints" / "100").mkdir(parents=True)
+    with pytest.raises(UserError, match="of a run"):
+        config_check.read(tmp_path)
+    with pytest.raises(UserError, match="of a run"):
+        config_check.record(loaded(), tmp_path)
+
+
+def test_config_json_with_wrong_types_is_one_line(tmp_path):
+    config_check.record(loaded(), tmp_path)
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    for key, value in (("steps", "many"), ("data", 3)):
+        path.write_text(json.dumps(content | {"config": content["config"] | {key: value}}))
+        with pytest.raises(UserError, match="config"):
+            config_check.read(tmp_path)
+
+
+def test_run_without_a_checkpoint_takes_the_new_config(tmp_path):
+    config_check.record(loaded(), tmp_path)
+    config_check.record(loaded(**{"vision.depth": 3}), tmp_path)
+    assert config_check.read(tmp_path).vision.depth == 3
+
+
+def test_object_store_workdir_is_refused():
+    with pytest.raises(UserError, match="local or mounted"):
+        config_check.local_workdir("gs://bucket/run")
 
 
 def test_foreign_directory_is_refused(tmp_path):

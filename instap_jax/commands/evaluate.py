@@ -1,9 +1,8 @@
 """`instap evaluate --workdir=DIR --task=retrieval,probe --videos=PACKED:video_1k`."""
 
-from pathlib import Path
-
 from absl import flags
 
+from instap_jax.config_check import local_workdir
 from instap_jax.types import Kind
 
 
@@ -33,7 +32,7 @@ def run(values: flags.FlagValues) -> None:
     from instap_jax.evaluation.tasks import evaluate
 
     evaluate(
-        Path(values["workdir"].value),
+        local_workdir(values["workdir"].value),
         values["task"].value,
         suites={Kind.VIDEO: values["videos"].value, Kind.IMAGE: values["images"].value},
         probe_fit={

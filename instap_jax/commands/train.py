@@ -1,7 +1,5 @@
 """`instap train --config=FILE --workdir=DIR [--config.key=value ...]`: any stage."""
 
-from pathlib import Path
-
 from absl import flags
 
 from instap_jax import config_check
@@ -15,7 +13,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
     loaded = config_check.load(values)
-    workdir = Path(values["workdir"].value)
+    workdir = config_check.local_workdir(values["workdir"].value)
     config_check.record(loaded, workdir)
     # Only now JAX: a wrong key or path has already been reported.
     with StopRequest() as stop:

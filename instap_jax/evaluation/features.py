@@ -111,7 +111,9 @@ def load_encoder(workdir: Path, mesh: Mesh, *, random_weights: bool = False) -> 
     config = config_check.read(workdir)
     step, _ = checkpoint.read_meta(str(workdir))
     stage = OBJECTIVES[config.stage]
-    model, params = _load(config, stage.create, str(workdir), mesh, random_weights=random_weights)
+    model, params = _load(
+        config, stage.create, str(workdir), mesh, step=step, random_weights=random_weights
+    )
     clip, clip_params = model, params
     if config.stage == "distill":
         teacher = Path(config.teacher.checkpoint)
@@ -179,7 +181,7 @@ def embed_suite(
                 found[name].append(array[rows])
             progress.update(int(valid.sum()))
     arrays = {name: np.concatenate(parts) for name, parts in found.items()}
-    labels = [dict(extra.get("attributes", {})) for extra in _instance_extras(source)]
+    labels = [_attributes(extra) for extra in _instance_extras(source)]
     return SuiteFeatures(name=split, labels=labels, frames=frames, **arrays)
 
 
@@ -218,7 +220,15 @@ def pool_boxes(
     return jax.lax.map(pool, (area, parent)) / total[:, None]
 
 
-def _load(config, create, workdir: str, mesh: Mesh, *, random_weights: bool = False):
+def _load(
+    config,
+    create,
+    workdir: str,
+    mesh: Mesh,
+    *,
+    step: int | None = None,
+    random_weights: bool = False,
+):
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: create(config, nnx.Rngs(0))))
     abstract = with_sharding(abstract, mesh)
     if random_weights:
@@ -227,7 +237,7 @@ def _load(config, create, workdir: str, mesh: Mesh, *, random_weights: bool = Fa
             return nnx.state(create(config, nnx.Rngs(config.seed)))
 
         return graphdef, jax.jit(init, out_shardings=shardings(abstract))()
-    return graphdef, checkpoint.read_params(workdir, abstract)
+    return graphdef, checkpoint.read_params(workdir, abstract, step=step)
 
 
 def _clip_features(config: ConfigDict, model: ClipModel, batch: Batch):
@@ -307,6 +317,12 @@ def _refuse_faults(batch: Batch, source: RecordSource) -> None:
         raise UserError(
             f"{source.record_id(record)} cannot be read; a suite is measured whole or not at all"
         )
+
+
+def _attributes(extra) -> dict[str, Any]:
+    """The key is the annotator's own: only a JSON object has named attributes to probe."""
+    attributes = extra.get("attributes")
+    return dict(attributes) if isinstance(attributes, dict) else {}
 
 
 def _instance_extras(source: RecordSource):

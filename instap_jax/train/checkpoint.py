@@ -8,6 +8,7 @@ all of them are complete:
   meta       resolved config, stage, versions, JSON
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,12 @@ class Checkpointer:
     """
 
     def __init__(self, workdir: str, *, every: int, keep: int):
-        self._manager = _manager(
-            workdir,
-            ocp.CheckpointManagerOptions(
-                save_interval_steps=every, max_to_keep=keep, enable_async_checkpointing=True
-            ),
+        self._workdir = workdir
+        options = ocp.CheckpointManagerOptions(
+            save_interval_steps=every, max_to_keep=keep, enable_async_checkpointing=True
         )
+        with _storage_faults(f"{workdir}: cannot open its checkpoints"):
+            self._manager = _manager(workdir, options)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -60,31 +61,43 @@ class Checkpointer:
         )
         if force and self._manager.latest_step() == step:
             return False  # just saved on schedule
-        return self._manager.save(step, args=args, force=force)
+        with _storage_faults(self._cannot_save()):
+            return self._manager.save(step, args=args, force=force)
 
-    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
-        """Restores the newest checkpoint as `abstract` describes it; also its data and meta."""
-        restored = self._manager.restore(
-            self._manager.latest_step(),
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract.params),
-                optimizer=ocp.args.StandardRestore(
-                    {"opt_state": abstract.opt_state, "step": abstract.step}
-                ),
-                data=ocp.args.JsonRestore(),
-                meta=ocp.args.JsonRestore(),
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Restores the newest checkpoint as `abstract` describes it; also the position of the data.
+
+        Raises:
+          UserError: when it is damaged or does not fit.
+        """
+        step = self._manager.latest_step()
+        args = ocp.args.Composite(
+            params=ocp.args.StandardRestore(abstract.params),
+            optimizer=ocp.args.StandardRestore(
+                {"opt_state": abstract.opt_state, "step": abstract.step}
             ),
+            data=ocp.args.JsonRestore(),
         )
+        with _storage_faults(
+            f"{self._workdir}/{DIRECTORY}/{step} cannot be restored; move it away to go on from an "
+            "earlier one"
+        ):
+            restored = self._manager.restore(step, args=args)
         state = TrainState(
             step=restored.optimizer["step"],
             params=restored.params,
             opt_state=restored.optimizer["opt_state"],
         )
-        return state, restored.data, restored.meta
+        return state, restored.data
 
     def wait(self) -> None:
         """Waits for a save in progress to be complete."""
-        self._manager.wait_until_finished()
+        with _storage_faults(self._cannot_save()):
+            self._manager.wait_until_finished()
+
+    def _cannot_save(self) -> str:
+        last = self._manager.latest_step()
+        return f"{self._workdir}: cannot save; the last checkpoint is from step {last or 0}"
 
     def close(self) -> None:
         self.wait()
@@ -99,27 +112,31 @@ def read_meta(workdir: str) -> tuple[int, dict[str, Any]]:
     """
     with _reader(workdir) as manager:
         step = _newest(manager, workdir)
-        restored = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+        with _storage_faults(f"{workdir}/{DIRECTORY}/{step} cannot be read"):
+            restored = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
         return step, restored.meta
 
 
-def read_params(workdir: str, abstract: Any, *, select: tuple[str, ...] = ()) -> Any:
-    """Parameters of the newest checkpoint of a run, strictly as `abstract` describes them.
+def read_params(
+    workdir: str, abstract: Any, *, select: tuple[str, ...] = (), step: int | None = None
+) -> Any:
+    """Parameters of a checkpoint of a run, strictly as `abstract` describes them.
 
     Args:
       workdir: of the run that wrote them.
       abstract: State of abstract arrays (shape, dtype, sharding).
       select: path of the sub-module to take; `abstract` then describes that sub-module alone.
+      step: which checkpoint; None: the newest.
 
     Raises:
       UserError: when there is no checkpoint, or a parameter is missing, left over or misshapen.
     """
     with _reader(workdir) as manager:
-        path = manager.directory / str(_newest(manager, workdir)) / "params"
+        path = manager.directory / str(step or _newest(manager, workdir)) / "params"
     item: Any = abstract
     for name in reversed(select):
         item = {name: item}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    with _storage_faults(f"{path} cannot be read"), _params_reader() as reader:
         stored = _select(reader.metadata(path).item_metadata.tree, select, workdir)
         expected, found = _shapes(abstract), _shapes(stored)
         if found != expected:
@@ -145,8 +162,20 @@ def module_names(workdir: str) -> tuple[str, ...]:
     """
     with _reader(workdir) as manager:
         path = manager.directory / str(_newest(manager, workdir)) / "params"
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    with _storage_faults(f"{path} cannot be read"), _params_reader() as reader:
         return tuple(reader.metadata(path).item_metadata.tree)
+
+
+@contextlib.contextmanager
+def _storage_faults(what: str):
+    """Whatever storage raises, through orbax and tensorstore, as one line of ours."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:300]
+        raise UserError(f"{what} ({type(error).__name__}: {reason})") from error
 
 
 def _manager(workdir: str, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
@@ -160,6 +189,10 @@ def _reader(workdir: str) -> ocp.CheckpointManager:
     if not (epath.Path(workdir) / DIRECTORY).exists():
         raise UserError(f"{workdir}: no such run (it has no {DIRECTORY}/ directory)")
     return _manager(workdir, ocp.CheckpointManagerOptions(read_only=True))
+
+
+def _params_reader() -> ocp.Checkpointer:
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
 
 
 def _newest(manager: ocp.CheckpointManager, workdir: str) -> int:

@@ -108,19 +108,19 @@ class _Run:
                     progress.update(note=self._finish(*pending))
                 pending = (step, metrics, fed)
                 stop = bool(self._stop)  # read once: it may turn true at any moment
-                if stop or self._due(step, last):
+                # Several processes may not have been asked at the same step: no extra save then.
+                force = step == last or (stop and jax.process_count() == 1)
+                if force or self._due(step):
                     progress.update(note=self._finish(*pending))
                     pending = None
-                    # Several processes may not have been asked at the same step.
-                    alone = stop and jax.process_count() == 1
-                    self._save(state, step, fed, force=alone or step == last)
+                    self._save(state, step, fed, force=force)
                 if stop:
                     raise KeyboardInterrupt
         return state
 
-    def _due(self, step: int, last: int) -> bool:
+    def _due(self, step: int) -> bool:
         """Before a checkpoint the step's loss must be known to be finite."""
-        return step == last or step % self._config.checkpoint.every == 0
+        return step % self._config.checkpoint.every == 0
 
     def _finish(self, step: int, metrics, fed: Fed) -> str:
         """Waits for a step, checks its loss, writes its metrics when due; returns a short note."""
@@ -199,7 +199,7 @@ class _Clock:
 
 def _start(config, program: Program, checkpointer) -> tuple[TrainState, dict | None]:
     if checkpointer.latest_step() is not None:
-        state, data_state, _ = checkpointer.restore(program.abstract)
+        state, data_state = checkpointer.restore(program.abstract)
         return state, data_state
     state = program.init()
     if config.checkpoint.init_from:
