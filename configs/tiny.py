@@ -8,17 +8,17 @@ contrasts alone, (2) and (8), and under random masks: neither teacher nor fusion
 `configs/tiny.py:stage2,NAME` is a baseline or ablation of docs/ablations.md; `stage2,all_terms`
 trains the complete objective, at about twice the time a step.
 
-Command:  bash launch/quickstart.sh, which runs (DIR is what `instap pack` wrote)
+Command:  bash launch/quickstart.sh, which runs (DIR is what `instap pack` wrote, TOKENIZER what
+          `instap tokenizer` wrote)
           instap train --config=configs/tiny.py:teacher --workdir=TEACHER \\
             --config.data.videos=DIR:train --config.data.images=DIR:train \\
-            --config.tokenizer.path=DIR/tokenizer.model
+            --config.tokenizer.path=TOKENIZER
           instap train --config=configs/tiny.py:stage1 --workdir=STUDENT \\
-            --config.data.videos=DIR:train --config.tokenizer.path=DIR/tokenizer.model \\
-            --config.teacher.checkpoint=TEACHER
+            --config.data.videos=DIR:train --config.teacher.checkpoint=TEACHER
           and then
           instap train --config=configs/tiny.py:stage2 --workdir=ALIGNED \\
             --config.data.videos=DIR:train --config.data.images=DIR:train \\
-            --config.tokenizer.path=DIR/tokenizer.model --config.checkpoint.init_from=STUDENT
+            --config.tokenizer.path=TOKENIZER --config.checkpoint.init_from=STUDENT
 Hardware: 2 CPU cores.
 Expected: docs/measurements.md.
 """

@@ -62,7 +62,7 @@ def _data() -> ConfigDict:
     c.workers = 4  # processes per host that read and decode; 0: in the main process
     c.prefetch = 4  # batches buffered per worker
     c.device_prefetch = 2  # batches already on the device
-    c.max_fault_rate = 0.01  # more unreadable samples than this, over the run so far, stop it
+    c.max_fault_rate = 0.01  # more unreadable samples than this, since the process started, stop it
     c.shuffle = True
     # Device-side augmentation: area of the random view as a fraction of the picture, and its
     # aspect ratio (UMT: RandomResizedCrop(scale=(0.5, 1))); flip skips samples that name a side.
@@ -101,7 +101,7 @@ def _vision() -> ConfigDict:
 def _teacher() -> ConfigDict:
     """The frozen teacher: CLIP ViT-L/14 at 196 px (PAPER 3)."""
     c = ConfigDict()
-    # A workdir of a 'teacher' run, or a directory made by `instap convert --from=clip`.
+    # A workdir of a 'teacher' run.
     c.checkpoint = placeholder(str)
     c.width = 1024
     c.depth = 24

@@ -179,6 +179,25 @@ def test_wrong_teacher_never_loads(made, teacher, tmp_path):
         run(student_config(made, teacher, **{"teacher.depth": 3}), tmp_path / "d")
 
 
+def test_changed_tokenizer_or_teacher_is_noticed(made, teacher, tmp_path):
+    other = tmp_path / "teacher"
+    shutil.copytree(teacher, other)
+    config = student_config(made, other, stop_at=1)
+    run(config, tmp_path / "student")
+    shutil.rmtree(other / "checkpoints" / "6")  # as if it had been another step
+    with pytest.raises(UserError, match=r"is at step 4, but .* was trained with its step 6"):
+        run(student_config(made, other), tmp_path / "student")
+    model = tmp_path / "tokenizer.model"
+    shutil.copy(made / "tokenizer.model", model)
+    config = teacher_config(made, stop_at=1, **{"tokenizer.path": str(model)})
+    run(config, tmp_path / "text")
+    annotations = f"--annotations={made}/set/annotations.jsonl"
+    model.unlink()
+    instap("tokenizer", annotations, f"--out={model}", "--vocab_size=310")
+    with pytest.raises(UserError, match="is not the tokenizer that"):
+        run(teacher_config(made, **{"tokenizer.path": str(model)}), tmp_path / "text")
+
+
 def test_non_finite_loss_stops_at_the_step(made, teacher, tmp_path):
     config = teacher_config(made, **{"optimizer.learning_rate": 1e30})
     with pytest.raises(UserError, match=r"step \d: \w+ is (nan|inf); stopped"):

@@ -35,7 +35,7 @@ from instap_jax.models.distillation import Student
 from instap_jax.models.instap import InstAP
 from instap_jax.models.teacher import ClipModel
 from instap_jax.progress import Progress
-from instap_jax.train import checkpoint
+from instap_jax.train import checkpoint, inputs
 from instap_jax.train.objectives import (
     OBJECTIVES,
     embed_frames,
@@ -109,7 +109,8 @@ def load_encoder(workdir: Path, mesh: Mesh, *, random_weights: bool = False) -> 
       UserError: no run or checkpoint there, or one that does not fit its config.
     """
     config = config_check.read(workdir)
-    step, _ = checkpoint.read_meta(str(workdir))
+    step, meta = checkpoint.read_meta(str(workdir))
+    inputs.check_same(config, meta, str(workdir))
     stage = OBJECTIVES[config.stage]
     model, params = _load(
         config, stage.create, str(workdir), mesh, step=step, random_weights=random_weights

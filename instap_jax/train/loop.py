@@ -22,7 +22,7 @@ import instap_jax
 from instap_jax import sharding
 from instap_jax.errors import UserError
 from instap_jax.progress import Progress
-from instap_jax.train import checkpoint, flops
+from instap_jax.train import checkpoint, flops, inputs
 from instap_jax.train.feed import Fed, Feed
 from instap_jax.train.initialise import initial_params
 from instap_jax.train.metrics import MetricWriter
@@ -65,7 +65,7 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest) -> TrainState:
 
 def _run(config, workdir, mesh, program: Program, checkpointer, stop: StopRequest) -> TrainState:
     frozen = _load_frozen(config, program)
-    state, data_state = _start(config, program, checkpointer)
+    state, data_state = _start(config, workdir, program, checkpointer)
     start = int(state.step)
     last = min(config.steps, config.stop_at or config.steps)
     if start >= last:
@@ -92,6 +92,7 @@ class _Run:
     def __init__(self, config, mesh, program, checkpointer, feed: Feed, writer, stop: StopRequest):
         self._config, self._mesh, self._program, self._stop = config, mesh, program, stop
         self._checkpointer, self._feed, self._writer = checkpointer, feed, writer
+        self._inputs = inputs.identify(config)
         self._flops: dict = {}
         self._clock = _Clock()
 
@@ -154,6 +155,7 @@ class _Run:
         meta = {
             "stage": self._config.stage,
             "config": self._config.to_dict(),
+            "inputs": self._inputs,
             "version": instap_jax.__version__,
             "time": time.time(),
         }
@@ -197,10 +199,11 @@ class _Clock:
         return scalars
 
 
-def _start(config, program: Program, checkpointer) -> tuple[TrainState, dict | None]:
+def _start(config, workdir: Path, program: Program, checkpointer) -> tuple[TrainState, dict | None]:
     if checkpointer.latest_step() is not None:
-        state, data_state = checkpointer.restore(program.abstract)
-        return state, data_state
+        _, meta = checkpoint.read_meta(str(workdir))
+        inputs.check_same(config, meta, str(workdir))
+        return checkpointer.restore(program.abstract)
     state = program.init()
     if config.checkpoint.init_from:
         params = initial_params(config, program.objective, program.abstract.params, state.params)

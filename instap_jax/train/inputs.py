@@ -1,0 +1,44 @@
+"""What a run was trained with besides its configuration: the same path can hold something else.
+
+Checkpoints carry these facts; resuming and evaluating compare them, so that a tokenizer trained
+anew or a teacher trained further is never taken for the one that the run knows.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from instap_jax.config_check import needs_teacher
+from instap_jax.data.tokenizer import load_tokenizer
+from instap_jax.errors import UserError
+from instap_jax.train import checkpoint
+
+
+def identify(config: ConfigDict) -> dict[str, Any]:
+    """Facts by name: the tokenizer's fingerprint, the teacher's step; None where there is none."""
+    return {
+        "tokenizer": load_tokenizer(config.tokenizer).fingerprint()
+        if config.tokenizer.path
+        else None,
+        "teacher": checkpoint.read_meta(config.teacher.checkpoint)[0]
+        if needs_teacher(config) and config.teacher.checkpoint
+        else None,
+    }
+
+
+def check_same(config: ConfigDict, meta: dict[str, Any], workdir: str) -> None:
+    """Compares what the paths of `config` hold now with what the run at `workdir` was trained with.
+
+    Raises:
+      UserError: naming what differs.
+    """
+    now = identify(config)
+    if now["tokenizer"] != meta["inputs"]["tokenizer"]:
+        raise UserError(
+            f"{config.tokenizer.path} is not the tokenizer that {workdir} was trained with"
+        )
+    if now["teacher"] != meta["inputs"]["teacher"]:
+        raise UserError(
+            f"{config.teacher.checkpoint} is at step {now['teacher']}, but {workdir} was trained "
+            f"with its step {meta['inputs']['teacher']}"
+        )
