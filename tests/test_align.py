@@ -10,6 +10,7 @@ from runner import Runner, assert_close, batch_for
 from tiny import tiny_config
 
 from instap_jax.errors import UserError
+from instap_jax.evaluation import features
 from instap_jax.models import boxes
 from instap_jax.models.vision import position_codes
 from instap_jax.train import flops
@@ -330,6 +331,31 @@ def test_boxes_in_a_view():
     np.testing.assert_allclose(plain[0, 0], [0, 0.5, 0.5, 1], atol=1e-6)
     flipped = boxes.to_view(box, view, jnp.asarray([True]))
     np.testing.assert_allclose(flipped[0, 0], [0.5, 0.5, 1, 1], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "instances"),
+    [
+        ("all_terms", "cross-attended to the scene"),
+        ("umt_gi", "crop of its box trajectory"),
+        ("no_cross_attention", "crop of its box trajectory"),
+    ],
+)
+def test_evaluation_embeds_samples_and_instances(name, instances):
+    config = tiny_config(f"stage2,{name}")
+    graphdef, params = nnx.split(
+        nnx.eval_shape(lambda: objective(config).create(config, nnx.Rngs(0)))
+    )
+    batch = {key: array[:1] for key, array in batch_for(config, groups=2).items()}
+
+    def embed(params, batch):
+        return features._align_features(config, nnx.merge(graphdef, params), batch)
+
+    shapes = {key: array.shape for key, array in jax.eval_shape(embed, params, batch).items()}
+    samples, count = dict.fromkeys(("video", "text"), (4, 16)), batch["parent"].shape[1]
+    embeddings = dict.fromkeys(("instance", "instance_text"), (count, 16))
+    assert shapes == samples | embeddings | {"entity": (count, 32)}
+    assert features._instances_name(config).endswith(instances)
 
 
 def save(workdir, runner: Runner, stage: str) -> None:

@@ -213,6 +213,20 @@ def test_captions_cycle_by_the_epoch_of_their_own_corpus(config, corpus):
         assert len(turns) == size and max(turns) - min(turns) <= 1
 
 
+def test_without_sub_sampling_every_epoch_has_the_caption_from_its_start(config, corpus):
+    config.data.caption_sampling = "first"
+    source = open_source(f"{corpus}/jpeg", "train", Kind.VIDEO)
+    whole = text_hash(source[0].captions[0])
+    batches = take(open_loader(config, groups=1, group_size=CLIPS), 3)
+    assert [(b["text_hash"][b["record"] == 0] == whole).all() for b in batches] == [True] * 3
+
+
+def test_ids_of_the_tokenizer_are_compared(config):
+    config.tokenizer.update(cls_id=101, mask_id=103)
+    with pytest.raises(UserError, match=r"set tokenizer.cls_id=2"):
+        open_loader(config)
+
+
 @pytest.mark.parametrize("encoding", ["jpeg", "mp4"])
 @pytest.mark.parametrize("sampling", ["random", "uniform"])
 def test_pixels_boxes_and_texts_belong_together(config, corpus, encoding, sampling):
