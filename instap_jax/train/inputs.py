@@ -32,6 +32,8 @@ def check_same(config: ConfigDict, meta: dict[str, Any], workdir: str) -> None:
     Raises:
       UserError: naming what differs.
     """
+    if "inputs" not in meta:
+        raise UserError(f"{workdir}: its checkpoint does not say what it was trained with")
     now = identify(config)
     if now["tokenizer"] != meta["inputs"]["tokenizer"]:
         raise UserError(
