@@ -53,8 +53,9 @@ ALLOWED = {
     "losses": set(),
     "models": set(),
     "data": set(),
-    "train": {"config_check", "sharding", "masking", "losses", "models", "data"},
-    "evaluation": {"config_check", "sharding", "models", "data", "train"},
+    "ablations": set(),
+    "train": {"config", "config_check", "sharding", "masking", "losses", "models", "data"},
+    "evaluation": {"config", "config_check", "sharding", "models", "data", "train"},
     "commands": {"config_check", "train", "evaluation", "data"},
     "main": set(),
 }
