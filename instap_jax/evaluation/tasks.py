@@ -139,7 +139,8 @@ def measure_probes(encoder: Encoder, suite: SuiteFeatures, fit: SuiteFeatures) -
         metrics = {}
         for name in names:
             data = (*_known(fit, name), *_known(suite, name))
-            if len(set(data[1])) > 1:
+            # Nothing to learn from one class; nothing to name where no test class was seen.
+            if len(set(data[1])) > 1 and set(data[1]) & set(data[3]):
                 metrics[name] = probe(*data)
         measurements.append(
             Measurement(

@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from instap_jax import losses
+from instap_jax import losses, sharding
 from instap_jax.models import preprocess
 from instap_jax.models.teacher import ClipModel
 from instap_jax.train.objectives.base import (
@@ -28,8 +28,9 @@ def _loss(config, model: ClipModel, frozen, batch: Batch, key) -> LossResult:
     view = draw_view(config, batch, view_key)
     video = view.render(batch, config.teacher.image_size, preprocess.CLIP)
     out = losses.contrastive_loss(
-        embed_frames(model, video),
-        model.embed_texts(flat(batch["text"]), key=text_key),
+        # Rows stay on their device, which then holds its own rows of the logits only.
+        sharding.constrain_batch(embed_frames(model, video)),
+        sharding.constrain_batch(model.embed_texts(flat(batch["text"]), key=text_key)),
         model.tau(),
         valid=flat(batch["sample_valid"]),
         video_ids=flat(batch["media_hash"]),
