@@ -1,6 +1,7 @@
 """Shared by all tests: eight CPU devices, exact matmuls, shapes checked at public boundaries."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -19,3 +20,7 @@ from absl import flags  # noqa: E402 - the environment comes first
 
 # grain's worker processes refuse to start before absl has parsed the command line.
 flags.FLAGS.mark_as_parsed()
+
+# A runner that was started in the background ignores Ctrl-C, and the processes that tests interrupt
+# would inherit that; a handler is not inherited.
+signal.signal(signal.SIGINT, signal.default_int_handler)
