@@ -539,6 +539,7 @@ import sys, time
 from absl import flags
 from ml_collections import ConfigDict
 from instap_jax.data import pipeline
+from instap_jax.train.stop import StopRequest
 from instap_jax.types import Kind
 
 def main(config):
@@ -546,15 +547,13 @@ def main(config):
     loader = pipeline.make_loader(config, kind=Kind.VIDEO, groups=1, group_size=2, host_index=0,
                                   host_count=1)
     print("starting", flush=True)
-    try:
-        while True:
+    with StopRequest() as stop:  # as training does: a bare KeyboardInterrupt may be lost
+        while not stop:
             next(loader)
             print("batch", flush=True)
             time.sleep(0.05)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
-        loader.close()
+    loader.close()
+    sys.exit(130)
 
 if __name__ == "__main__":
     main(ConfigDict({config}))
