@@ -85,39 +85,46 @@ class Session:
 
 def measure_retrieval(encoder: Encoder, suite: SuiteFeatures) -> Measurement:
     """Every clip against every global caption, by the dual encoder."""
-    similarity = suite.text @ suite.video.T
-    return Measurement(
-        protocol=Protocol(
-            suite=suite.name,
-            unit="global captions",
-            scoring="dual encoder, cosine",
-            frames=suite.frames,
-            weights=encoder.weights,
-            step=encoder.step,
-            notes=f"caption cut to {encoder.config.tokenizer.length} tokens; whole picture, "
-            "uniform frames",
-        ),
-        metrics=retrieval_metrics(similarity, np.eye(len(similarity), dtype=bool)),
-        counts={"texts": len(suite.text), "videos": len(suite.video)},
+    return _dual_encoder(
+        encoder, suite, "global captions", suite.text, suite.video, shown="whole picture"
     )
 
 
 def measure_instance_retrieval(encoder: Encoder, suite: SuiteFeatures) -> Measurement:
     """Every instance of the suite against every instance caption, by the dual encoder."""
-    similarity = suite.instance_text @ suite.instance.T
+    return _dual_encoder(
+        encoder,
+        suite,
+        "instance captions",
+        suite.instance_text,
+        suite.instance,
+        shown=encoder.instances,
+    )
+
+
+def _dual_encoder(
+    encoder: Encoder,
+    suite: SuiteFeatures,
+    unit: str,
+    text: np.ndarray,
+    visual: np.ndarray,
+    *,
+    shown: str,
+) -> Measurement:
+    """Cosine of every row of `text` [N, p] with every row of `visual` [N, p]; row i fits row i."""
     return Measurement(
         protocol=Protocol(
             suite=suite.name,
-            unit="instance captions",
+            unit=unit,
             scoring="dual encoder, cosine",
             frames=suite.frames,
             weights=encoder.weights,
             step=encoder.step,
-            notes=f"caption cut to {encoder.config.tokenizer.length} tokens; {encoder.instances}; "
+            notes=f"caption cut to {encoder.config.tokenizer.length} tokens; {shown}; "
             "uniform frames",
         ),
-        metrics=retrieval_metrics(similarity, np.eye(len(similarity), dtype=bool)),
-        counts={"texts": len(suite.instance_text), "videos": len(suite.instance)},
+        metrics=retrieval_metrics(text @ visual.T, np.eye(len(text), dtype=bool)),
+        counts={"texts": len(text), "videos": len(visual)},
     )
 
 
