@@ -56,7 +56,8 @@ ALLOWED = {
     "ablations": set(),
     "train": {"config", "config_check", "sharding", "masking", "losses", "models", "data"},
     "evaluation": {"config", "config_check", "sharding", "models", "data", "train"},
-    "commands": {"config_check", "train", "evaluation", "data"},
+    "interop": {"config", "config_check", "models", "data", "train"},
+    "commands": {"config_check", "train", "evaluation", "data", "interop"},
     "main": set(),
 }
 
