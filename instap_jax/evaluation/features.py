@@ -30,6 +30,7 @@ from instap_jax import config_check, sharding
 from instap_jax.data.pipeline import evaluation_groups
 from instap_jax.data.records import RecordSource, open_source
 from instap_jax.errors import UserError
+from instap_jax.models import boxes as box
 from instap_jax.models import preprocess
 from instap_jax.models.distillation import Student
 from instap_jax.models.instap import InstAP
@@ -201,16 +202,7 @@ def pool_boxes(
       float32 [n, d]; zeros for an instance without any area.
     """
     side = round(tokens.shape[2] ** 0.5)
-    edges = jnp.arange(side + 1) / side
-
-    def overlap(low: jax.Array, high: jax.Array) -> jax.Array:
-        """[n, t] ends -> [n, t, side], covered length of every cell."""
-        cover = jnp.minimum(high[..., None], edges[1:]) - jnp.maximum(low[..., None], edges[:-1])
-        return jnp.maximum(cover, 0.0)
-
-    rows = overlap(boxes[..., 1], boxes[..., 3])
-    columns = overlap(boxes[..., 0], boxes[..., 2])
-    area = jnp.einsum("nty,ntx->ntyx", rows, columns) * present[..., None, None]
+    area = box.patch_cover(boxes, side) * present[..., None, None]
     area = area.reshape((*area.shape[:2], -1))
 
     def pool(one):

@@ -47,6 +47,27 @@ def to_view(boxes: Array, view: Array, flip: Array) -> Array:
     return jnp.stack([jnp.where(flip, 1 - x1, x0), y0, jnp.where(flip, 1 - x0, x1), y1], axis=-1)
 
 
+def patch_cover(boxes: Array, side: int) -> Array:
+    """How much of every patch of the whole picture a box covers.
+
+    Args:
+      boxes: [..., 4]. side: patches a side.
+
+    Returns:
+      float32 [..., side, side], rows first, in [0, 1].
+    """
+    edges = jnp.arange(side + 1, dtype=jnp.float32) / side
+
+    def overlap(low: Array, high: Array) -> Array:
+        """[...] ends -> [..., side], covered share of every row or column."""
+        cover = jnp.minimum(high[..., None], edges[1:]) - jnp.maximum(low[..., None], edges[:-1])
+        return jnp.maximum(cover, 0.0) * side
+
+    rows = overlap(boxes[..., 1], boxes[..., 3])
+    columns = overlap(boxes[..., 0], boxes[..., 2])
+    return rows[..., :, None] * columns[..., None, :]
+
+
 def scene_codes(boxes: Array, *, crop_side: int, scene_side: int, width: int) -> Array:
     """The position code of the scene at the centre of every crop patch (`align.scene_anchor`).
 
