@@ -326,14 +326,17 @@ def record(loaded: LoadedConfig, workdir: Path) -> None:
 def read(workdir: Path) -> ConfigDict:
     """The resolved configuration of a run.
 
+    A field that the record lacks is younger than the run and has its default: a new field's
+    default is, by rule, what the code did before.
+
     Raises:
-      UserError: when there is none, or it is of a version with other keys.
+      UserError: when there is none, or it has a key that this version does not know.
     """
     path = workdir / "config.json"
     config = default()
     flat, known = _stored(path), flatten(config)
-    if flat.keys() != known.keys():
-        faults = _key_faults(flat)
+    if not flat.keys() <= known.keys():
+        faults = _key_faults(known | flat)
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise UserError(f"{path} is of another version: {'; '.join(faults[:3])}{more}")
     try:
@@ -357,7 +360,8 @@ def _stored(path: Path) -> dict[str, Any]:
 
 
 def _check_same(path: Path, resolved: dict[str, Any]) -> None:
-    stored, new = _stored(path), flatten(resolved)
+    younger = json.loads(json.dumps(flatten(default())))  # fields that the record lacks
+    stored, new = younger | _stored(path), flatten(resolved)
     differ = [
         f"{key} ({stored.get(key)} there, {new.get(key)} now)"
         for key in sorted(stored.keys() | new.keys())

@@ -208,6 +208,23 @@ def test_workdir_of_another_config_is_refused(tmp_path):
     config_check.record(loaded(**{"log.every": 3, "data.workers": 2, "stop_at": 5}), tmp_path)
 
 
+def test_fields_younger_than_a_run_have_their_default(tmp_path):
+    config_check.record(loaded(**{"vision.depth": 3}), tmp_path)
+    (tmp_path / "checkpoints" / "100").mkdir(parents=True)
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    del content["config"]["align"], content["config"]["seed"]
+    path.write_text(json.dumps(content))
+    assert config_check.read(tmp_path) == loaded(**{"vision.depth": 3}).config
+    with pytest.raises(UserError, match=r"seed \(0 there, 1 now\)"):
+        config_check.record(loaded(**{"vision.depth": 3, "seed": 1}), tmp_path)
+    config_check.record(loaded(**{"vision.depth": 3}), tmp_path)
+    content["config"]["algin"] = 3
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="another version: unknown key 'algin'"):
+        config_check.read(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"config": 3}', "{}", "\xff"])
 def test_damaged_config_json_is_one_line(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
