@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from instap_jax import config_check, sharding
 from instap_jax.data.pipeline import Corpus
 from instap_jax.evaluation.features import embed_suite, load_encoder
-from instap_jax.evaluation.tasks import measure_probes
+from instap_jax.evaluation.probe_task import measure_probes
 from instap_jax.train.loop import train
 from instap_jax.train.metrics import read_metrics
 from instap_jax.train.stop import StopRequest

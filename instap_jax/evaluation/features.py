@@ -60,6 +60,7 @@ class Encoder:
 
     Attributes:
       config: of the run, with the tokenizer and text encoder that captions are read with.
+      graphdef: of the run's own model; `nnx.merge(graphdef, params["model"])` is the model.
       params: of everything that `embed` needs.
       embed: (params, batch [1, b, ...]) -> {'video' [b, p], 'text' [b, p], 'entity' [n, d]},
         float32, and from stage 'align' 'instance' and 'instance_text' [n, p]; all but the entities
@@ -69,6 +70,7 @@ class Encoder:
     """
 
     config: ConfigDict
+    graphdef: nnx.GraphDef
     params: Any
     embed: Embed
     weights: str
@@ -141,6 +143,7 @@ def load_encoder(workdir: Path, mesh: Mesh, *, random_weights: bool = False) -> 
     places = dict.fromkeys(SAMPLE_KEYS, over_samples) | dict.fromkeys(INSTANCE_KEYS, whole)
     return Encoder(
         config=config,
+        graphdef=model,
         params={"model": params, "clip": clip_params},
         embed=jax.jit(embed, in_shardings=(None, places), out_shardings=whole),
         weights=_weights_name(config.stage) + (", random" if random_weights else ""),

@@ -1,0 +1,111 @@
+"""What every task of `instap evaluate` is given: the run, its encoder, the suites, the options."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from instap_jax import config_check, sharding
+from instap_jax.config import default
+from instap_jax.data.pipeline import parse_corpora
+from instap_jax.errors import UserError
+from instap_jax.evaluation.features import Encoder, SuiteFeatures, embed_suite, load_encoder
+from instap_jax.evaluation.results import DIRECTORY, Protocol
+from instap_jax.types import Kind
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """The flags of `instap evaluate` that tasks read: one field for each flag of that name.
+
+    Attributes:
+      batch_size: samples a step, over all devices.
+      frames: T of a clip; None: as many as the run was trained on.
+      probe_videos, probe_images: 'DIR:SPLIT' on which the probes of that kind are fitted.
+    """
+
+    batch_size: int = 32
+    frames: int | None = None
+    probe_videos: str = ""
+    probe_images: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Suite:
+    """One split of packed data, of one kind, to be measured whole."""
+
+    directory: str
+    split: str
+    kind: Kind
+
+
+def parse_suites(videos: str, images: str) -> list[Suite]:
+    """Suites from 'DIR:SPLIT,...' of each kind, videos first."""
+    return [
+        Suite(directory=corpus.directory, split=corpus.split, kind=kind)
+        for kind, text in ((Kind.VIDEO, videos), (Kind.IMAGE, images))
+        for corpus in parse_corpora(text)
+    ]
+
+
+class Context:
+    """Shared by the tasks of one evaluation; what is costly is made when first asked for, once.
+
+    Attributes:
+      workdir: of the run. config: its resolved configuration.
+      suites: what to measure on, in order.
+      mesh: of all devices; it is the current one while a task runs.
+    """
+
+    def __init__(self, workdir: Path, suites: Sequence[Suite], options: Options):
+        self.workdir, self.suites, self.options = Path(workdir), list(suites), options
+        self.config: ConfigDict = config_check.read(self.workdir)
+        self.mesh: jax.sharding.Mesh = sharding.make_mesh(default().mesh)
+        shards = sharding.data_shards(self.mesh)
+        if options.batch_size % shards:
+            raise UserError(f"--batch_size must be a multiple of {shards} devices")
+        self._features: dict[Suite, SuiteFeatures] = {}
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        """The newest checkpoint of the run."""
+        return load_encoder(self.workdir, self.mesh)
+
+    def features(self, suite: Suite) -> SuiteFeatures:
+        """The embeddings of a suite: each suite once, however many tasks want it."""
+        if suite not in self._features:
+            self._features[suite] = embed_suite(
+                self.encoder,
+                suite.directory,
+                suite.split,
+                suite.kind,
+                batch_size=self.options.batch_size,
+                frames=self.options.frames,
+            )
+        return self._features[suite]
+
+    def protocol(
+        self, suite: Suite, *, unit: str, scoring: str, frames: int, notes: str = ""
+    ) -> Protocol:
+        """The protocol of a measurement of this run's checkpoint on `suite`."""
+        return Protocol(
+            suite=suite.split,
+            unit=unit,
+            scoring=scoring,
+            frames=frames,
+            weights=self.encoder.weights,
+            step=self.encoder.step,
+            notes=notes,
+        )
+
+    def directory(self, task: str) -> Path:
+        """`workdir/eval/TASK/`, made if need be: for pictures and arrays beside TASK.json."""
+        path = self.workdir / DIRECTORY / task
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{path} cannot be made: {error.strerror}") from error
+        return path
