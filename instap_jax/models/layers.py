@@ -130,6 +130,7 @@ def dot_product_attention(
     mask: Array | None = None,
     dropout_rate: float = 0.0,
     key: Array | None = None,
+    scale: Array | None = None,
 ) -> Array:
     """The one place where attention is computed without keeping its probabilities.
 
@@ -137,6 +138,8 @@ def dot_product_attention(
       q: [b, n, h, c]. k, v: [b, m, h, c]. All in the compute dtype.
       mask: bool [b, m] of attendable keys, or None for all.
       dropout_rate: of the probabilities; only used with a `key`.
+      scale: float32 [b, h, n, m], what the probabilities are multiplied by. The gradient at a
+        scale of ones is probability times gradient: what attention maps show.
 
     Returns:
       [b, n, h, c] in the dtype of v.
@@ -144,6 +147,8 @@ def dot_product_attention(
     probabilities = attention_probabilities(q, k, mask=mask)
     if dropout_rate:
         probabilities = dropout(probabilities, rate=dropout_rate, key=key)
+    if scale is not None:
+        probabilities = probabilities * scale
     return _weighted_sum(probabilities, v)
 
 
@@ -222,10 +227,11 @@ class CrossAttention(nnx.Module):
         mask: Array | None = None,
         dropout_rate: float = 0.0,
         key: Array | None = None,
+        scale: Array | None = None,
     ) -> Array:
         """x [b, n, d], context [b, m, e], mask bool [b, m] over the context -> [b, n, d]."""
         k, v = self.keys_values(context)
-        return self.attend(x, k, v, mask=mask, dropout_rate=dropout_rate, key=key)
+        return self.attend(x, k, v, mask=mask, dropout_rate=dropout_rate, key=key, scale=scale)
 
     def keys_values(self, context: Array) -> tuple[Array, Array]:
         """[b, m, e] -> two of [b, m, h, c]: for contexts that several x share."""
@@ -241,10 +247,13 @@ class CrossAttention(nnx.Module):
         mask: Array | None = None,
         dropout_rate: float = 0.0,
         key: Array | None = None,
+        scale: Array | None = None,
     ) -> Array:
         """`__call__` with what `keys_values` returned."""
         (q,) = self._project(x, self.query, self.query_bias)
-        y = dot_product_attention(q, k, v, mask=mask, dropout_rate=dropout_rate, key=key)
+        y = dot_product_attention(
+            q, k, v, mask=mask, dropout_rate=dropout_rate, key=key, scale=scale
+        )
         return self.out(_merge_heads(y))
 
     def _project(self, x: Array, kernel: nnx.Param, bias: nnx.Param) -> Array:

@@ -214,15 +214,21 @@ class TextBlock(nnx.Module):
         mask: Array,
         context: Array | None = None,
         context_mask: Array | None = None,
+        context_scale: Array | None = None,
         key: Array | None = None,
     ) -> Array:
-        """[B, s, d] -> [B, s, d]; mask bool [B, s], context [B, V, e], context_mask bool [B, V]."""
+        """[B, s, d] -> [B, s, d]; mask bool [B, s], context [B, V, e], context_mask bool [B, V].
+
+        `context_scale` [B, h, s, V]: see `layers.dot_product_attention`.
+        """
         keys = (None,) * 5 if key is None else jax.random.split(key, 5)
         rate = self.dropout
         y = self.attention(x, mask=mask, dropout_rate=rate, key=keys[0])
         x = self.attention_norm(x + dropout(y, rate=rate, key=keys[1]))
         if self.cross is not None:
-            y = self.cross(x, context, mask=context_mask, dropout_rate=rate, key=keys[2])
+            y = self.cross(
+                x, context, mask=context_mask, dropout_rate=rate, key=keys[2], scale=context_scale
+            )
             x = self.cross_norm(x + dropout(y, rate=rate, key=keys[3]))
         return self.mlp_norm(x + dropout(self.mlp(x), rate=rate, key=keys[4]))
 
