@@ -92,7 +92,7 @@ class GroupBuilder:
       sampling: 'random' or 'uniform', see `choose_frames`.
       canvas: (height, width) in pixels.
       length: tokens of a text s.
-      budget: instance slots of a group n.
+      budget: instance slots of a group n; None: as many as the fullest group has, at least 1.
       caption_sampling: of training, 'epoch': one sentence of each caption, the next one each epoch;
         'first': the caption from its start, as much as fits the length.
     """
@@ -105,13 +105,16 @@ class GroupBuilder:
     sampling: str
     canvas: tuple[int, int]
     length: int
-    budget: int
+    budget: int | None
     caption_sampling: str
     seed: int
 
     def shapes(self, groups: int) -> dict[str, tuple[tuple[int, ...], type]]:
         """Returns shape and dtype of every array of a `types.Batch` of so many groups."""
-        b, n, t, s = self.group_size, self.budget, self.frames, self.length
+        return self._sample_shapes(groups) | self._instance_shapes(groups, self.budget or 1)
+
+    def _sample_shapes(self, groups: int) -> dict[str, tuple[tuple[int, ...], type]]:
+        b, t, s = self.group_size, self.frames, self.length
         sample = {
             "frames": ((b, t, *self.canvas, 3), np.uint8),
             "extent": ((b, 2), np.float32),
@@ -124,6 +127,10 @@ class GroupBuilder:
             "text_hash": ((b,), np.int32),
             "keep_side": ((b,), np.bool_),
         }
+        return {name: ((groups, *shape), dtype) for name, (shape, dtype) in sample.items()}
+
+    def _instance_shapes(self, groups: int, n: int) -> dict[str, tuple[tuple[int, ...], type]]:
+        t, s = self.frames, self.length
         instance = {
             "boxes": ((n, t, 4), np.float32),
             "present": ((n, t), np.bool_),
@@ -133,17 +140,27 @@ class GroupBuilder:
             "instance_text_hash": ((n,), np.int32),
             "dropped": ((), np.int32),
         }
-        return {k: ((groups, *shape), dtype) for k, (shape, dtype) in (sample | instance).items()}
+        return {name: ((groups, *shape), dtype) for name, (shape, dtype) in instance.items()}
 
     def build(self, groups: Sequence[GroupRef]) -> Batch:
         """Returns a batch [len(groups), ...]; an unreadable sample is zeros, with a fault."""
-        specs = self.shapes(len(groups))
+        return self.build_with_records(groups)[0]
+
+    def build_with_records(self, groups: Sequence[GroupRef]) -> tuple[Batch, list[Record]]:
+        """Returns also the records of the valid samples, in order, without their media."""
+        specs = self._sample_shapes(len(groups))
         # The pixels are not zeroed: every picture writes its own place and the rest of its canvas.
         pixels = self._memory.take(*specs.pop("frames"))
         batch = {"frames": pixels} | {name: np.zeros(*spec) for name, spec in specs.items()}
-        for index, group in enumerate(groups):
-            self._fill({name: array[index, ...] for name, array in batch.items()}, group)
-        return batch
+        reads = [self._fill(_of_group(batch, i), group) for i, group in enumerate(groups)]
+        counts = [sum(len(read.candidates) for read in group if read) for group in reads]
+        budget = self.budget or max(1, *counts)
+        shapes = self._instance_shapes(len(groups), budget)
+        batch |= {name: np.zeros(*spec) for name, spec in shapes.items()}
+        for i, group in enumerate(groups):
+            rng = np.random.default_rng([self.seed, _INSTANCES, group.first])
+            self._pack(_of_group(batch, i), reads[i], budget, rng)
+        return batch, [read.record for group in reads for read in group if read]
 
     @functools.cached_property
     def _memory(self) -> "_Memory":
@@ -152,7 +169,8 @@ class GroupBuilder:
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
-    def _fill(self, out: dict[str, np.ndarray], group: GroupRef) -> None:
+    def _fill(self, out: dict[str, np.ndarray], group: GroupRef) -> list[_Read | None]:
+        """Reads the samples of a group; None stands for one that could not be read."""
         reads: list[_Read | None] = []
         out["frames"][len(group.samples) :] = 0
         for i, ref in enumerate(group.samples):
@@ -171,13 +189,15 @@ class GroupBuilder:
             out["text_hash"][i] = text_hash(read.text)
             out["keep_side"][i] = names_side(read.text)
             self._tokenize(out["text"][i], read.text)
-        self._pack(out, reads, np.random.default_rng([self.seed, _INSTANCES, group.first]))
+        return reads
 
-    def _pack(self, out: dict, reads: Sequence[_Read | None], rng: np.random.Generator) -> None:
+    def _pack(
+        self, out: dict, reads: Sequence[_Read | None], budget: int, rng: np.random.Generator
+    ) -> None:
         """Packs the instances of a group flat into its budget."""
         counts = [0 if read is None else len(read.candidates) for read in reads]
         slot = 0
-        for parent, picked in enumerate(choose_instances(counts, self.budget, rng)):
+        for parent, picked in enumerate(choose_instances(counts, budget, rng)):
             for k in reads[parent].candidates[picked] if len(picked) else ():
                 self._put_instance(out, slot, parent, reads[parent], int(k))
                 slot += 1
@@ -255,6 +275,11 @@ class GroupBuilder:
             out[...] = self.tokenizer.encode(text, self.length)
 
 
+def _of_group(batch: Batch, index: int) -> dict[str, np.ndarray]:
+    """Views of the arrays of one group."""
+    return {name: array[index, ...] for name, array in batch.items()}
+
+
 class _Memory:
     """Hands out large arrays, again and again those that nobody holds any more.
 
@@ -321,7 +346,7 @@ def _decode_into(canvas: np.ndarray, record: Record, chosen: np.ndarray) -> tupl
     if height > canvas.shape[1] or width > canvas.shape[2]:
         raise _BadSample(Fault.WRONG_SHAPE)
     try:
-        for t, picture in enumerate(_pictures(record, chosen, (height, width))):
+        for t, picture in enumerate(read_pictures(record, chosen, (height, width))):
             if picture.shape != (height, width, 3):
                 raise _BadSample(Fault.WRONG_SHAPE)
             canvas[t, :height, :width] = picture
@@ -332,7 +357,9 @@ def _decode_into(canvas: np.ndarray, record: Record, chosen: np.ndarray) -> tupl
     return height, width
 
 
-def _pictures(record: Record, chosen: np.ndarray, size: tuple[int, int]) -> Iterator[np.ndarray]:
+def read_pictures(
+    record: Record, chosen: np.ndarray, size: tuple[int, int]
+) -> Iterator[np.ndarray]:
     """Yields the chosen frames, uint8 [height, width, 3], scaled down if `size` asks for it."""
     short_side = None if size == record.size else min(size)
     if record.encoding == "mp4":
