@@ -24,6 +24,7 @@ from instap_jax.interop.keys import (
 
 # InstAP's own: the look at the scene of (5), and the temperature of (8).
 OWN = ("cross_attention.", "instance_temperature")
+_BODY, _HEAD = "text_encoder.bert.", "text_encoder.cls."
 IGNORED = {"clip_teacher.": "the frozen teacher, which stands in its own checkpoint"}
 
 
@@ -41,26 +42,29 @@ def table(stage: str, shapes: Mapping[str, Shape]) -> Table:
         return resolve(vision_rules(""), shapes, ignored=IGNORED)
     if stage != "align":
         raise ValueError(f"UMT has nothing like stage {stage!r}")
-    body, head = "text_encoder.bert.", "text_encoder.cls."
-    rules = [
+    length = shapes["text.embeddings.positions"][0]
+    return resolve(
+        align_rules(shapes),
+        shapes,
+        own=OWN,
+        tied=bert.tied_head(body=_BODY, head=_HEAD),
+        constants={f"{_BODY}embeddings.position_ids": np.arange(length, dtype=np.int64)[None]},
+        ignored=IGNORED,
+    )
+
+
+def align_rules(shapes: Mapping[str, Shape]) -> list[Rule]:
+    """Everything of stage 'align' that UMT has too."""
+    return [
         *vision_rules("vision_encoder."),
         *norm("pool_norm", "vision_encoder.pool_norm"),
         *linear("vision_projection", "vision_proj"),
-        *bert.encoder_rules(shapes, theirs=body, cross=True),
-        *bert.head_rules(theirs=head),
+        *bert.encoder_rules(shapes, theirs=_BODY, cross=True),
+        *bert.head_rules(theirs=_HEAD),
         *linear("text_projection", "text_proj"),
         *linear("match_head.linear", "itm_head"),
         Rule("temperature", ("temp",)),
     ]
-    length = shapes["text.embeddings.positions"][0]
-    return resolve(
-        rules,
-        shapes,
-        own=OWN,
-        tied=bert.tied_head(body=body, head=head),
-        constants={f"{body}embeddings.position_ids": np.arange(length, dtype=np.int64)[None]},
-        ignored=IGNORED,
-    )
 
 
 def vision_rules(theirs: str) -> list[Rule]:

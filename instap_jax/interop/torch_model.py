@@ -1,0 +1,600 @@
+"""InstAP in PyTorch: the whole trained model, in one file that needs neither JAX nor instap_jax.
+
+Needs torch, safetensors and numpy; for texts also sentencepiece or tokenizers, whichever the model
+was trained with. `instap convert --to=torch` writes a directory that holds this file too:
+
+    model = InstAP.from_pretrained("EXPORT").eval()
+    with torch.inference_mode():
+        video = model.encode_video(frames)        # uint8 [B, T, H, W, 3] -> [B, p]
+        text = model.encode_text(["a red ball rolls"])  # -> [1, p]
+        similarity = text @ video.T
+
+Modules carry UMT's names where the structure is UMT's (multi_modality/models/umt.py,
+backbones/vit/vit.py, backbones/bert/xbert.py), so that the weights of either load into the other:
+`vision_encoder`, `text_encoder`, `vision_proj`, `text_proj`, `itm_head`, `temp`. InstAP's own are
+`cross_attention` and `instance_temp`.
+
+Letters: B clips, T frames, H W their pixels, S side of the square the network sees, N patches of a
+frame, V = T * N visual tokens, n instances of a clip, s text length, d width, p shared embedding.
+"""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+FORMAT = "instap-torch-1"
+VISION_EPSILON = 1e-6  # of LayerNorm (UMT)
+TEXT_EPSILON = 1e-12  # of LayerNorm (BERT)
+PAD_ID = 0
+
+
+def attend(q, k, v, heads, mask=None):
+    """Multi-head attention: q [B, n, d], k and v [B, m, d], mask bool [B, m] of attendable keys."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    if mask is not None:
+        floor = torch.finfo(q.dtype).min  # not -inf: a row without any key is uniform, not NaN
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, floor)[:, None, None, :]
+    return functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+
+
+class QueryKeyValue(nn.Module):
+    """Multi-head attention up to its output projection; the context may have another width."""
+
+    def __init__(self, width, context_width, heads):
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(context_width, width)
+        self.value = nn.Linear(context_width, width)
+
+    def forward(self, x, context, mask=None):
+        return attend(self.query(x), self.key(context), self.value(context), self.heads, mask)
+
+
+# --- vision -------------------------------------------------------------------------------------
+
+
+class VisionAttention(nn.Module):
+    """Self-attention without a key bias."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x, mask=None):
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.proj(attend(q + self.q_bias, k, v + self.v_bias, self.heads, mask))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return self.fc2(functional.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width, heads, hidden):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=VISION_EPSILON)
+        self.attn = VisionAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=VISION_EPSILON)
+        self.mlp = Mlp(width, hidden)
+
+    def forward(self, x, mask=None):
+        x = x + self.attn(self.norm1(x), mask)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, width, patch):
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Conv3d(3, width, (1, patch, patch), (1, patch, patch))
+
+    def forward(self, video):
+        """[B, T, S, S, 3] -> [B, T * N, d]. As a matrix product: cuDNN would convolve in TF32."""
+        b, t, height, width, _ = video.shape
+        p = self.patch
+        x = video.reshape(b, t, height // p, p, width // p, p, 3).permute(0, 1, 2, 4, 6, 3, 5)
+        return functional.linear(
+            x.flatten(4).flatten(1, 3), self.proj.weight.flatten(1), self.proj.bias
+        )
+
+
+class Encoder(nn.Module):
+    """The student f: joint space-time attention over all patches, no class token."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.width = c["width"]
+        self.patch_embed = PatchEmbed(c["width"], c["patch"])
+        hidden = int(c["width"] * c["mlp_ratio"])
+        self.blocks = nn.ModuleList(
+            Block(c["width"], c["heads"], hidden) for _ in range(c["depth"])
+        )
+        self.norm = nn.LayerNorm(c["width"], eps=VISION_EPSILON)
+
+    def forward(self, video, mask=None, taps=0):
+        """Encodes normalised clips.
+
+        Args:
+          video: float [B, T, S, S, 3]. mask: bool [B, V], tokens that may be attended to.
+          taps: how many of the last layers to return.
+
+        Returns:
+          [B, V, d], or with taps [taps, B, V, d] in layer order; after the final LayerNorm.
+        """
+        x = self.patch_embed(video)
+        x = x + position_codes(x.shape[1], self.width, x.device).to(x.dtype)
+        outputs = []
+        for block in self.blocks:
+            x = block(x, mask)
+            outputs = [*outputs, x][-taps:] if taps else outputs
+        return self.norm(torch.stack(outputs) if taps else x)
+
+
+class VisionEncoder(nn.Module):
+    """The encoder, stage 1's heads (Linear and LayerNorm of each), and the norm before W_v."""
+
+    def __init__(self, c, heads, projection):
+        super().__init__()
+
+        def head():
+            norm = nn.LayerNorm(projection, eps=VISION_EPSILON)
+            return nn.ModuleDict({"head": nn.Linear(c["width"], projection), "norm": norm})
+
+        self.encoder = Encoder(c)
+        self.clip_decoder = nn.ModuleList(head() for _ in range(heads))
+        self.pool_norm = nn.LayerNorm(c["width"], eps=VISION_EPSILON)
+
+
+def position_codes(tokens, width, device=None):
+    """UMT's fixed table: sin and cos of p * 10000^(-2 j / d), interleaved. float32 [tokens, d]."""
+    frequency = 10000.0 ** (-2 * torch.arange(width // 2, dtype=torch.float64) / width)
+    angle = torch.arange(tokens, dtype=torch.float64)[:, None] * frequency
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).float().to(device)
+
+
+# --- instances ----------------------------------------------------------------------------------
+
+
+class CrossAttention(QueryKeyValue):
+    def __init__(self, width, heads):
+        super().__init__(width, width, heads)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x, context):
+        return self.out(super().forward(x, context))
+
+
+class SceneBlock(nn.Module):
+    """Equation (5): crop tokens look at the tokens of their scene; pre-norm, with residual."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=VISION_EPSILON)
+        self.scene_norm = nn.LayerNorm(width, eps=VISION_EPSILON)
+        self.attention = CrossAttention(width, heads)
+
+    def forward(self, crops, scene):
+        """crops [n, l, d], scene [V, d] of the one clip that they are of -> [n, l, d]."""
+        context = self.scene_norm(scene)[None].expand(len(crops), -1, -1)
+        return crops + self.attention(self.norm(crops), context)
+
+
+class InstanceCrossAttention(nn.Module):
+    def __init__(self, width, heads, depth):
+        super().__init__()
+        self.blocks = nn.ModuleList(SceneBlock(width, heads) for _ in range(depth))
+
+    def forward(self, crops, scene):
+        for block in self.blocks:
+            crops = block(crops, scene)
+        return crops
+
+
+def masked_mean(tokens, mask):
+    """tokens [n, l, d], mask bool [n, l] -> [n, d]; zeros where the mask names none."""
+    total = torch.where(mask[..., None], tokens, 0).sum(1)
+    return total / mask.sum(1).clamp(min=1)[:, None].to(total.dtype)
+
+
+def hold_still(boxes, present):
+    """The box of the middle frame in which the instance is present, held for all frames."""
+    count = present.sum(1, keepdim=True)
+    middle = (present.cumsum(1) >= (count + 1) // 2).int().argmax(1)
+    box = boxes[torch.arange(len(boxes), device=boxes.device), middle]
+    return box[:, None].expand_as(boxes), (count > 0).expand_as(present)
+
+
+def scene_codes(boxes, crop_side, scene_side, width):
+    """The scene's position code at every crop patch's centre, bilinear: [n, T * crop_side^2, d]."""
+    n, t = boxes.shape[:2]
+    table = position_codes(t * scene_side**2, width, boxes.device)
+    table = table.reshape(t, scene_side, scene_side, width)
+    place = (torch.arange(crop_side, device=boxes.device) + 0.5) / crop_side
+
+    def weights(low, high):
+        centre = low[..., None] + place * (high - low)[..., None]
+        centre = (centre * scene_side - 0.5).clamp(0, scene_side - 1)
+        grid = torch.arange(scene_side, device=boxes.device)
+        return (1 - (centre[..., None] - grid).abs()).clamp(min=0)
+
+    rows, columns = weights(boxes[..., 1], boxes[..., 3]), weights(boxes[..., 0], boxes[..., 2])
+    codes = torch.einsum("ntir,trcd->nticd", rows, table)
+    return torch.einsum("ntjc,nticd->ntijd", columns, codes).reshape(n, -1, width)
+
+
+# --- text ---------------------------------------------------------------------------------------
+
+
+class AddNorm(nn.Module):
+    """LayerNorm(residual + dense(x))."""
+
+    def __init__(self, inner, width):
+        super().__init__()
+        self.dense = nn.Linear(inner, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=TEXT_EPSILON)
+
+    def forward(self, x, residual):
+        return self.LayerNorm(residual + self.dense(x))
+
+
+class BertAttention(nn.Module):
+    def __init__(self, width, context_width, heads):
+        super().__init__()
+        self.self = QueryKeyValue(width, context_width, heads)
+        self.output = AddNorm(width, width)
+
+    def forward(self, x, context, mask):
+        return self.output(self.self(x, context, mask), x)
+
+
+class BertLayer(nn.Module):
+    def __init__(self, c, vision_width=None):
+        super().__init__()
+        width, hidden = c["width"], int(c["width"] * c["mlp_ratio"])
+        self.attention = BertAttention(width, width, c["heads"])
+        if vision_width is not None:
+            self.crossattention = BertAttention(width, vision_width, c["heads"])
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, hidden)})
+        self.output = AddNorm(hidden, width)
+
+    def forward(self, x, mask, visual=None, visual_mask=None):
+        x = self.attention(x, x, mask)
+        if visual is not None:
+            x = self.crossattention(x, visual, visual_mask)
+        return self.output(functional.gelu(self.intermediate["dense"](x)), x)
+
+
+class Embeddings(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(c["vocab_size"], c["width"])
+        self.position_embeddings = nn.Embedding(c["max_length"], c["width"])
+        self.token_type_embeddings = nn.Embedding(2, c["width"])
+        self.LayerNorm = nn.LayerNorm(c["width"], eps=TEXT_EPSILON)
+
+    def forward(self, ids):
+        x = self.word_embeddings(ids) + self.position_embeddings.weight[: ids.shape[1]]
+        return self.LayerNorm(x + self.token_type_embeddings.weight[0])
+
+
+class Bert(nn.Module):
+    def __init__(self, c, vision_width):
+        super().__init__()
+        self.text_layers = first = c["depth"] - c["fusion_layers"]
+        self.embeddings = Embeddings(c)
+        layers = [BertLayer(c, None if i < first else vision_width) for i in range(c["depth"])]
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
+
+    def encode(self, ids):
+        """int64 [B, s], [CLS] first, padded with 0 -> [B, s, d] of the last text layer."""
+        x = self.embeddings(ids)
+        for layer in self.encoder["layer"][: self.text_layers]:
+            x = layer(x, ids != PAD_ID)
+        return x
+
+    def fuse(self, tokens, mask, visual, visual_mask=None):
+        """tokens [B, s, d], mask bool [B, s], visual [B, V, e] -> [B, s, d] after the fusion."""
+        for layer in self.encoder["layer"][self.text_layers :]:
+            tokens = layer(tokens, mask, visual, visual_mask)
+        return tokens
+
+
+class Predictions(nn.Module):
+    """Masked-language head; its decoder is the word embeddings."""
+
+    def __init__(self, width, vocab_size):
+        super().__init__()
+        norm = nn.LayerNorm(width, eps=TEXT_EPSILON)
+        self.transform = nn.ModuleDict({"dense": nn.Linear(width, width), "LayerNorm": norm})
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, tokens, words):
+        x = functional.gelu(self.transform["dense"](tokens))
+        return functional.linear(self.transform["LayerNorm"](x), words, self.bias)
+
+
+class TextEncoder(nn.Module):
+    def __init__(self, c, vision_width):
+        super().__init__()
+        self.bert = Bert(c, vision_width)
+        self.cls = nn.ModuleDict({"predictions": Predictions(c["width"], c["vocab_size"])})
+
+    def mlm_logits(self, tokens):
+        """Fused tokens [B, s, d] -> [B, s, vocabulary]."""
+        return self.cls["predictions"](tokens, self.bert.embeddings.word_embeddings.weight)
+
+
+class Tokenizer:
+    """Text to [CLS] ids [SEP] [PAD] ..., as in training.
+
+    Args:
+      path: sentencepiece .model or BERT vocab.txt, as `kind` says.
+      length: s.
+    """
+
+    def __init__(self, path, kind, length):
+        self.length = length
+        if kind == "sentencepiece":
+            import sentencepiece
+
+            model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            self._ids, names = model.encode, model.piece_to_id
+        else:
+            import tokenizers
+
+            lines = Path(path).read_bytes().decode("utf-8").removesuffix("\n").split("\n")
+            vocab = {line.rstrip("\r"): i for i, line in enumerate(lines)}
+            model = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
+            model.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+            model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+            self._ids, names = lambda t: model.encode(t, add_special_tokens=False).ids, vocab.get
+        self._first, self._last = names("[CLS]"), names("[SEP]")
+
+    def __call__(self, texts):
+        """list of B str -> int64 [B, s]."""
+        out = torch.full((len(texts), self.length), PAD_ID)
+        for row, text in zip(out, texts):
+            ids = self._ids(text.encode("utf-8", "replace").decode("utf-8"))[: self.length - 2]
+            row[: len(ids) + 2] = torch.tensor([self._first, *ids, self._last])
+        return out
+
+
+# --- pictures -----------------------------------------------------------------------------------
+
+
+def crop_and_resize(frames, boxes, size):
+    """Cuts one box out of every frame, resized to size x size, antialiased bilinear.
+
+    Pillow's BILINEAR with `resize(box=...)`, as two matrix products; boxes are clamped to the
+    picture.
+
+    Args:
+      frames: uint8 or float [T, H, W, 3]. boxes: float32 [T, 4], x0 y0 x1 y1 in [0, 1].
+
+    Returns:
+      float32 [T, size, size, 3] in [0, 255].
+    """
+    height, width = frames.shape[1:3]
+    boxes = boxes.float().clamp(0, 1)
+    down = _resize_weights(boxes[:, 1], boxes[:, 3], height, size)
+    across = _resize_weights(boxes[:, 0], boxes[:, 2], width, size)
+    out = torch.einsum("thwc,txw->thxc", frames.float(), across)
+    return torch.einsum("thxc,tyh->tyxc", out, down)
+
+
+def _resize_weights(low, high, pixels, size):
+    """Ends [T] of an interval as fractions of `pixels` -> weights [T, size, pixels]."""
+    low, high = (low * pixels)[:, None, None], (high * pixels)[:, None, None]
+    scale = (high - low) / size
+    output = torch.arange(size, dtype=torch.float32, device=low.device)[:, None] + 0.5
+    source = torch.arange(pixels, dtype=torch.float32, device=low.device) + 0.5
+    distance = (source - (low + output * scale)).abs() / scale.clamp(min=1)
+    weights = (1 - distance).clamp(min=0)
+    return weights / weights.sum(-1, keepdim=True)
+
+
+# --- the whole ----------------------------------------------------------------------------------
+
+
+class InstAP(nn.Module):
+    """The model of stage 2. Parameters float32; `.to(torch.bfloat16)` or a device as usual.
+
+    Args:
+      config: contents of an export's config.json.
+      tokenizer: list of str -> int64 [B, s]; None: texts are given as ids.
+    """
+
+    def __init__(self, config, tokenizer=None):
+        super().__init__()
+        vision, text, align = config["vision"], config["text"], config["align"]
+        self.config, self.tokenizer = config, tokenizer
+        self.vision_encoder = VisionEncoder(
+            vision, config["distill"]["layers"], config["teacher"]["projection"]
+        )
+        self.text_encoder = TextEncoder(text, vision["width"])
+        self.vision_proj = nn.Linear(vision["width"], align["projection"])
+        self.text_proj = nn.Linear(text["width"], align["projection"])
+        self.itm_head = nn.Linear(text["width"], 2)
+        self.temp = nn.Parameter(torch.zeros(()))
+        self.instance_temp = nn.Parameter(torch.zeros(()))
+        self.cross_attention = InstanceCrossAttention(
+            vision["width"], align["cross_attention_heads"], align["cross_attention_depth"]
+        )
+
+    @classmethod
+    def from_pretrained(cls, path):
+        """Opens an export directory, strictly: every key there and no other.
+
+        Raises:
+          FileNotFoundError, ValueError (not such an export), RuntimeError (keys that do not fit).
+        """
+        from safetensors.torch import load_file
+
+        path = Path(path)
+        config = json.loads((path / "config.json").read_text())
+        if config.get("format") != FORMAT:
+            raise ValueError(f"{path}/config.json is not an export of format {FORMAT!r}")
+        words = config["tokenizer"]
+        tokenizer = Tokenizer(path / words["file"], words["kind"], words["length"])
+        with torch.device("meta"):  # no memory for values that are replaced at once
+            model = cls(config, tokenizer)
+        model.load_state_dict(load_file(path / "model.safetensors"), strict=True, assign=True)
+        return model
+
+    def encode_video(self, frames):
+        """Whole clips (an image is a clip of one frame).
+
+        Args:
+          frames: uint8 [B, T, H, W, 3], or a list of B [T, H, W, 3] of any T and size.
+
+        Returns:
+          [B, p], l2-normalised.
+        """
+        return self._embed(torch.stack([t.mean(0) for t in self.visual_tokens(frames)]))
+
+    def encode_instances(self, frames, boxes, present=None):
+        """Instances: their crops, after these have looked at their scenes.
+
+        Args:
+          frames: as in `encode_video`.
+          boxes: B arrays [n, T, 4], x0 y0 x1 y1 as fractions of the picture.
+          present: B arrays bool [n, T], frames in which the instance is in the picture; None: all.
+
+        Returns:
+          B tensors [n, p], l2-normalised.
+        """
+        return [self._embed(pooled) for pooled, _ in self._see_instances(frames, boxes, present)]
+
+    def encode_text(self, texts):
+        """list of B str, or ids int [B, s] -> [B, p], l2-normalised."""
+        tokens = self.text_encoder.bert.encode(self.text_ids(texts))
+        return functional.normalize(self.text_proj(tokens[:, 0]).float(), dim=-1, eps=1e-12)
+
+    def match(self, frames, texts):
+        """Probability that clip i and text i belong together, through the fusion layers.
+
+        Args:
+          frames: as in `encode_video`. texts: as in `encode_text`.
+
+        Returns:
+          float32 [B].
+        """
+        ids, visual = self.text_ids(texts), self.visual_tokens(frames)
+        if len(ids) != len(visual):
+            raise ValueError(f"{len(visual)} clips and {len(ids)} texts; match wants pairs")
+        runs = itertools.groupby(zip(ids, visual), key=lambda pair: len(pair[1]))
+        return torch.cat([self._match(*map(torch.stack, zip(*run))) for _, run in runs])
+
+    def match_instances(self, frames, boxes, texts, present=None):
+        """As `match`, for instances: `texts` are B lists of n str. Returns B tensors [n]."""
+        seen = self._see_instances(frames, boxes, present)
+        return [
+            self._match(self.text_ids(sentences), crop[:, None])
+            for (_, crop), sentences in zip(seen, texts, strict=True)
+        ]
+
+    def visual_tokens(self, frames):
+        """B tensors [V, d]: the encoder's tokens of whole clips."""
+        size = self.config["vision"]["image_size"]
+        whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=self.temp.device)
+        clips = [self._clip(clip) for clip in frames]
+        pixels = [crop_and_resize(clip, whole.expand(len(clip), 4), size) for clip in clips]
+        tokens = []
+        for _, run in itertools.groupby(pixels, key=len):  # neighbours of one T together
+            tokens.extend(self.vision_encoder.encoder(self.normalise(torch.stack(list(run)))))
+        return tokens
+
+    def text_ids(self, texts):
+        """Texts or ids -> int64 [B, s] on the model's device."""
+        if len(texts) and isinstance(texts[0], str):
+            texts = self.tokenizer(texts)
+        return torch.as_tensor(texts, dtype=torch.int64, device=self.temp.device)
+
+    def normalise(self, pixels):
+        """[..., 3] in [0, 255] -> (x / 255 - mean) / standard deviation, in the model's dtype."""
+        c = self.config["preprocessing"]
+        mean, deviation = (pixels.new_tensor(c[name]) for name in ("mean", "std"))
+        return ((pixels / 255 - mean) / deviation).to(self.temp.dtype)
+
+    def temperatures(self):
+        """(tau of whole clips, tau of instances), within their range."""
+        low, high = self.config["temperature_range"]
+        own = self.instance_temp if self.config["align"]["own_temperature"] else self.temp
+        return self.temp.clamp(low, high), own.clamp(low, high)
+
+    def _see_instances(self, frames, boxes, present):
+        """Of every clip, (what is embedded [n, d], the crop's own mean token [n, d])."""
+        if present is None:
+            present = [np.ones(np.shape(b)[:2], bool) for b in boxes]
+        scenes = self.visual_tokens(frames)
+        seen = []
+        for clip, b, here, scene in zip(frames, boxes, present, scenes, strict=True):
+            clip = self._clip(clip)
+            b = torch.as_tensor(b, dtype=torch.float32, device=clip.device)
+            here = torch.as_tensor(here, dtype=torch.bool, device=clip.device)
+            if b.shape[1:] != (len(clip), 4) or b.shape[:2] != here.shape:
+                raise ValueError(
+                    f"boxes {list(b.shape)}, present {list(here.shape)}: must be "
+                    f"[n, {len(clip)}, 4] and [n, {len(clip)}]"
+                )
+            if len(b) and (b.min() < -1 or b.max() > 2):
+                raise ValueError("boxes must be fractions of the picture, not pixels")
+            seen.append(self._see_crops(clip, b, here, scene))
+        return seen
+
+    def _see_crops(self, clip, boxes, present, scene):
+        """Equations (5) and (6) for the instances of one clip."""
+        align, vision = self.config["align"], self.config["vision"]
+        size = align["crop_size"]
+        if align["still_boxes"]:
+            boxes, present = hold_still(boxes, present)
+        if not len(boxes):
+            return (scene.new_zeros(0, vision["width"]),) * 2
+        crops = torch.stack([crop_and_resize(clip, b, size) for b in boxes])
+        side = size // vision["patch"]
+        mask = present.repeat_interleave(side**2, dim=1)
+        tokens = self.vision_encoder.encoder(self.normalise(crops), mask)
+        crop = masked_mean(tokens, mask)
+        if align["scene_anchor"]:
+            scene_side = vision["image_size"] // vision["patch"]
+            codes = scene_codes(boxes, side, scene_side, vision["width"])
+            tokens = tokens + codes.to(tokens.dtype)
+        if align["cross_attention"]:
+            tokens = self.cross_attention(tokens, scene)
+        pooled = masked_mean(tokens, mask)
+        return (pooled if align["instance_embedding"] == "contextual" else crop), crop
+
+    def _embed(self, pooled):
+        embedding = self.vision_proj(self.vision_encoder.pool_norm(pooled))
+        return functional.normalize(embedding.float(), dim=-1, eps=1e-12)
+
+    def _match(self, ids, visual):
+        tokens = self.text_encoder.bert.encode(ids)
+        fused = self.text_encoder.bert.fuse(tokens, ids != PAD_ID, visual)
+        return self.itm_head(fused[:, 0]).float().softmax(-1)[:, 1]
+
+    def _clip(self, frames):
+        if isinstance(frames, np.ndarray):
+            frames = np.array(frames)  # torch takes no read-only or mirrored arrays
+        clip = torch.as_tensor(frames, device=self.temp.device)
+        if clip.dtype != torch.uint8 or clip.ndim != 4 or clip.shape[-1] != 3:
+            raise ValueError(f"a clip is uint8 [T, H, W, 3], not {clip.dtype} {list(clip.shape)}")
+        return clip
