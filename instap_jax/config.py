@@ -15,7 +15,8 @@ def default() -> ConfigDict:
 
     The field `stage` selects the objective: 'teacher' (a small CLIP, for when no CLIP weights are
     at hand), 'distill' (PAPER stage 1: masked video distillation), 'align' (PAPER stage 2:
-    instance-aware alignment, and its baselines).
+    instance-aware alignment, and its baselines); and to fine-tune what these have
+    learned, 'ground' (a sentence to its boxes, PAPER 5) and 'classify' (a clip to its label).
     """
     c = ConfigDict()
     c.stage = "distill"
@@ -30,6 +31,8 @@ def default() -> ConfigDict:
     c.distill = _distill()
     c.contrastive = _contrastive()
     c.align = _align()
+    c.ground = _ground()
+    c.classify = _classify()
     c.optimizer = _optimizer()
     c.mesh = _mesh()
     c.compute = _compute()
@@ -187,6 +190,25 @@ def _align() -> ConfigDict:
     c.scene_anchor = False
     # Baseline UMT (g+i): instance sentences are further captions of the whole video in (2).
     c.global_instances = False
+    return c
+
+
+def _ground() -> ConfigDict:
+    """Box regression (PAPER 5: L1 + GIoU). The paper names no weights: these are DETR's."""
+    c = ConfigDict()
+    c.l1 = 5.0
+    c.giou = 2.0
+    return c
+
+
+def _classify() -> ConfigDict:
+    c = ConfigDict()
+    # Names of the classes, in the order of the head's outputs; a sample's class is its key 'label'
+    # (docs/annotations.md). configs/classify_l16.py reads them from a file.
+    c.classes = ()
+    c.smoothing = 0.1  # of the labels (UMT)
+    # Linear probe: the head alone is trained, the encoder stays as it is.
+    c.frozen = False
     return c
 
 

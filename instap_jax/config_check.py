@@ -3,6 +3,7 @@
 All of it happens before JAX starts, so that a typo costs a second and not a pod's start-up.
 """
 
+import collections
 import dataclasses
 import difflib
 import json
@@ -18,7 +19,7 @@ from ml_collections import ConfigDict, config_flags
 from instap_jax.config import default, needs_teacher
 from instap_jax.errors import UserError
 
-STAGES = ("teacher", "distill", "align")
+STAGES = ("teacher", "distill", "align", "ground", "classify")
 
 # Values that a field may take, where that is a short list.
 CHOICES = {
@@ -77,6 +78,7 @@ RATIOS = (
     "align.mask_ratio_video",
     "align.mask_ratio_image",
     "align.crop_mask_ratio",
+    "classify.smoothing",
     "vision.drop_path",
     "text.dropout",
 )
@@ -90,6 +92,8 @@ NON_NEGATIVE = (
     "optimizer.warmup_steps",
     "optimizer.min_learning_rate",
     "optimizer.weight_decay",
+    "ground.l1",
+    "ground.giou",
     *WEIGHTS,
 )
 # Positive where they are set at all.
@@ -250,7 +254,8 @@ def _relation_faults(config: ConfigDict) -> list[str]:
             faults.append(f"student and teacher see {grids[0]} and {grids[1]} patches a side")
         if c.distill.layers > min(c.vision.depth, c.teacher.depth):
             faults.append(f"distill.layers={c.distill.layers} is more than the depth")
-    return faults + (_align_faults(c) if c.stage == "align" else [])
+    of_stage = {"align": _align_faults, "ground": _ground_faults, "classify": _classify_faults}
+    return faults + (of_stage[c.stage](c) if c.stage in of_stage else [])
 
 
 def _align_faults(c: ConfigDict) -> list[str]:
@@ -269,12 +274,32 @@ def _align_faults(c: ConfigDict) -> list[str]:
         faults.append(
             f"align.cross_attention_heads={align.cross_attention_heads} do not divide vision.width"
         )
-    if not 0 < c.text.fusion_layers < c.text.depth:
-        faults.append(
-            f"text.fusion_layers={c.text.fusion_layers} must be 1 to text.depth - 1 "
-            f"= {c.text.depth - 1}"
-        )
-    return faults
+    return faults + _fusion_faults(c)
+
+
+def _fusion_faults(c: ConfigDict) -> list[str]:
+    if 0 < c.text.fusion_layers < c.text.depth:
+        return []
+    return [
+        f"text.fusion_layers={c.text.fusion_layers} must be 1 to text.depth - 1 "
+        f"= {c.text.depth - 1}"
+    ]
+
+
+def _ground_faults(c: ConfigDict) -> list[str]:
+    faults = [] if c.ground.l1 or c.ground.giou else ["ground.l1 and ground.giou are both 0"]
+    return faults + _fusion_faults(c)
+
+
+def _classify_faults(c: ConfigDict) -> list[str]:
+    classes = c.classify.classes
+    if len(classes) < 2 or not all(isinstance(name, str) and name for name in classes):
+        return [
+            f"classify.classes has {len(classes)} names: stage 'classify' needs two or more, "
+            "for example from configs/classify_l16.py:CLASSES_FILE"
+        ]
+    twice = [name for name, count in collections.Counter(classes).items() if count > 1]
+    return [f"classify.classes names {twice[0]!r} twice"] if twice else []
 
 
 def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
@@ -363,7 +388,7 @@ def _check_same(path: Path, resolved: dict[str, Any]) -> None:
     younger = json.loads(json.dumps(flatten(default())))  # fields that the record lacks
     stored, new = younger | _stored(path), flatten(resolved)
     differ = [
-        f"{key} ({stored.get(key)} there, {new.get(key)} now)"
+        f"{key} ({_shown(stored.get(key))} there, {_shown(new.get(key))} now)"
         for key in sorted(stored.keys() | new.keys())
         if stored.get(key) != new.get(key)
         and not any(key == free or key.startswith(free + ".") for free in MAY_CHANGE)
@@ -373,6 +398,11 @@ def _check_same(path: Path, resolved: dict[str, Any]) -> None:
             f"{path.parent} holds a run of another configuration: {', '.join(differ[:4])}"
             f"{' ...' if len(differ) > 4 else ''}; use another --workdir"
         )
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _suggest(word: Any, known) -> str:

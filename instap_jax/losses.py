@@ -190,6 +190,20 @@ def masked_language_loss(
     return _mean(_cross_entropy(kept, jnp.where(predicted, targets, 0)), predicted)
 
 
+def classification_loss(
+    logits: Float[Array, "b w"],
+    labels: Int[Array, " b"],
+    valid: Bool[Array, " b"],
+    *,
+    smoothing: float,
+) -> Float[Array, ""]:
+    """Mean over the valid of the cross-entropy with (1 - smoothing) one_hot + smoothing / w."""
+    kept = jnp.where(valid[:, None], logits.astype(jnp.float32), 0)
+    uniform = jax.nn.logsumexp(kept, axis=-1) - jnp.mean(kept, axis=-1)
+    hard = _cross_entropy(kept, jnp.where(valid, labels, 0))
+    return _mean((1 - smoothing) * hard + smoothing * uniform, valid)
+
+
 def _symmetric_infonce(
     logits: Float[Array, "b b"], log_weight: Float[Array, "b b"], valid: Bool[Array, " b"]
 ) -> ContrastiveOutput:

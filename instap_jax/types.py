@@ -16,6 +16,9 @@ import numpy as np
 IGNORED_TARGET = -100
 """Target of a text position that is not to be predicted (the convention of BERT code)."""
 
+NO_LABEL = -1
+"""`Batch.label` where the configuration names no classes."""
+
 
 class Kind(enum.StrEnum):
     """What a sample is. An image is a one-frame video everywhere after packing."""
@@ -36,6 +39,7 @@ class Fault(enum.IntEnum):
     NO_FRAMES = 3
     EMPTY_CAPTION = 4
     WRONG_SHAPE = 5
+    UNKNOWN_LABEL = 6
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +142,8 @@ class Batch(TypedDict):
       media_hash: int32 [g, b], hash of corpus and sample id: equal means the same media.
       text_hash: int32 [g, b], hash of the sentence before tokenization.
       keep_side: bool [g, b], the sentence (or one of the instances') names left or right: no flip.
+      label: int32 [g, b], index of the sample's label in `config.classify.classes`; `NO_LABEL`
+        where it has no class.
     Instances, packed flat over the samples of a group:
       boxes: float32 [g, n, t, 4], x0 y0 x1 y1 as fractions of the picture (not of the canvas).
       present: bool [g, n, t].
@@ -158,6 +164,7 @@ class Batch(TypedDict):
     media_hash: np.ndarray
     text_hash: np.ndarray
     keep_side: np.ndarray
+    label: np.ndarray
     boxes: np.ndarray
     present: np.ndarray
     instance_valid: np.ndarray

@@ -44,6 +44,7 @@ def random_batch(
         media_hash=unique(g, b),
         text_hash=unique(g, b),
         keep_side=rng.random((g, b)) < 0.5,
+        label=(np.arange(g * b) % 3).reshape(g, b).astype(np.int32),
         boxes=np.concatenate([corner, corner + size], axis=-1).astype(np.float32),
         present=rng.random((g, n, t)) < 0.9,
         instance_valid=np.ones((g, n), bool),

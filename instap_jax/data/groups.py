@@ -19,7 +19,7 @@ from instap_jax.data.captions import names_side, sentence_for_epoch, text_hash
 from instap_jax.data.records import CorruptRecordError, RecordSource
 from instap_jax.data.sampling import choose_frames, choose_instances
 from instap_jax.data.tokenizer import Tokenizer
-from instap_jax.types import Batch, Fault, Record
+from instap_jax.types import NO_LABEL, Batch, Fault, Record
 
 # Tags that keep the random streams of one seed apart.
 _FRAMES, _INSTANCES = 0, 1
@@ -76,6 +76,7 @@ class _Read(NamedTuple):
     chosen: np.ndarray
     epoch: int
     text: str
+    label: int
     extent: tuple[float, float]
     candidates: np.ndarray
 
@@ -95,6 +96,7 @@ class GroupBuilder:
       budget: instance slots of a group n; None: as many as the fullest group has, at least 1.
       caption_sampling: of training, 'epoch': one sentence of each caption, the next one each epoch;
         'first': the caption from its start, as much as fits the length.
+      classes: names of labels, in the order of `Batch.label`; (): samples need no label.
     """
 
     sources: Sequence[RecordSource]
@@ -107,6 +109,7 @@ class GroupBuilder:
     length: int
     budget: int | None
     caption_sampling: str
+    classes: tuple[str, ...]
     seed: int
 
     def shapes(self, groups: int) -> dict[str, tuple[tuple[int, ...], type]]:
@@ -126,6 +129,7 @@ class GroupBuilder:
             "media_hash": ((b,), np.int32),
             "text_hash": ((b,), np.int32),
             "keep_side": ((b,), np.bool_),
+            "label": ((b,), np.int32),
         }
         return {name: ((groups, *shape), dtype) for name, (shape, dtype) in sample.items()}
 
@@ -173,6 +177,7 @@ class GroupBuilder:
         """Reads the samples of a group; None stands for one that could not be read."""
         reads: list[_Read | None] = []
         out["frames"][len(group.samples) :] = 0
+        out["label"][...] = NO_LABEL
         for i, ref in enumerate(group.samples):
             out["corpus"][i], out["record"][i] = ref.corpus, ref.record
             try:
@@ -188,6 +193,7 @@ class GroupBuilder:
             out["media_hash"][i] = text_hash(f"{ref.corpus}/{read.record.id}")
             out["text_hash"][i] = text_hash(read.text)
             out["keep_side"][i] = names_side(read.text)
+            out["label"][i] = read.label
             self._tokenize(out["text"][i], read.text)
         return reads
 
@@ -253,6 +259,7 @@ class GroupBuilder:
             chosen=chosen,
             epoch=ref.epoch,
             text=text,
+            label=self._label(record),
             extent=(height / self.canvas[0], width / self.canvas[1]),
             candidates=self._candidates(record, chosen, ref.epoch),
         )
@@ -264,6 +271,14 @@ class GroupBuilder:
         seen = np.flatnonzero(record.present[:, chosen].any(axis=1))
         named = [bool(self._caption(record.instance_captions[k], epoch)) for k in seen]
         return seen[np.array(named, bool)]
+
+    def _label(self, record: Record) -> int:
+        if not self.classes:
+            return NO_LABEL
+        try:
+            return self.classes.index(record.extra.get("label"))
+        except ValueError as error:
+            raise _BadSample(Fault.UNKNOWN_LABEL) from error
 
     def _caption(self, captions: Sequence[str], epoch: int) -> str:
         if self.use is Use.TRAIN and self.caption_sampling == "epoch":

@@ -38,7 +38,7 @@ from instap_jax.errors import UserError
 from instap_jax.types import Batch, Fault, Kind
 
 # Stages whose loss reads no text: they run without a tokenizer.
-_STAGES_WITHOUT_TEXT = ("distill",)
+_STAGES_WITHOUT_TEXT = ("distill", "classify")
 _SHUFFLE = 2  # tag of the random stream; `groups` has the others
 _SHARED_MEMORY = "/dev/shm"
 
@@ -115,6 +115,7 @@ def make_loader(
         length=config.tokenizer.length,
         budget=math.ceil(group_size * data.instances_per_sample),
         caption_sampling=data.caption_sampling,
+        classes=tuple(config.classify.classes),
         seed=config.seed,
     )
     return Loader(
@@ -240,6 +241,10 @@ class Loader:
         """Returns the id of the sample that `Batch.corpus` and `Batch.record` name."""
         return self._builder.sources[corpus].record_id(record)
 
+    def unknown_label(self, corpus: int, record: int) -> str:
+        """Says which sample has a label that is no class, in one line."""
+        return unknown_label(self._builder.sources[corpus], record, self._builder.classes)
+
     def _first(self) -> Batch:
         self._iterator = self._open()
         return next(self._iterator)
@@ -323,6 +328,7 @@ class FaultMonitor:
         self._samples = 0
         self._counts: collections.Counter[str] = collections.Counter()
         self._first: dict[tuple[int, int], str] = {}
+        self._unknown_label = ""
 
     def update(self, batch: Batch) -> None:
         """Counts the faults of one batch of this host."""
@@ -330,6 +336,9 @@ class FaultMonitor:
         for place in np.argwhere(batch["fault"]):
             name = Fault(batch["fault"][*place]).name
             self._counts[name] += 1
+            if name == Fault.UNKNOWN_LABEL.name and not self._unknown_label:
+                sample = int(batch["corpus"][*place]), int(batch["record"][*place])
+                self._unknown_label = self._loader.unknown_label(*sample)
             if len(self._first) < self.SHOWN:
                 sample = int(batch["corpus"][*place]), int(batch["record"][*place])
                 self._first.setdefault(sample, name)
@@ -341,8 +350,11 @@ class FaultMonitor:
     def check(self, max_rate: float) -> None:
         """Raises UserError with counts and first ids where more than this share was unreadable.
 
-        Not before `MIN_SAMPLES` samples were seen.
+        Not before `MIN_SAMPLES` samples were seen; but at once for a label that is no class: that
+        is a fault of the class list or of the annotations, not of one sample.
         """
+        if self._unknown_label:
+            raise UserError(self._unknown_label)
         total = self._counts.total()
         if self._samples < self.MIN_SAMPLES or total <= max_rate * self._samples:
             return
@@ -354,6 +366,17 @@ class FaultMonitor:
             f"{total} of {self._samples} samples could not be read, more than "
             f"data.max_fault_rate={max_rate:g}: {reasons}; first: {ids}"
         )
+
+
+def unknown_label(source: RecordSource, record: int, classes: Sequence[str]) -> str:
+    """The message for a record whose label is none of the classes."""
+    found = source[record]
+    label = found.extra.get("label")
+    what = "no 'label'" if label is None else f"label {label!r}"
+    return (
+        f"{found.id} has {what}; config.classify.classes knows {len(classes)} classes, "
+        f"{classes[0]!r} to {classes[-1]!r}"
+    )
 
 
 def evaluation_groups(
@@ -393,6 +416,7 @@ def evaluation_groups(
         length=config.tokenizer.length,
         budget=max(1, int(counts.reshape(-1, group_size).sum(axis=1).max(initial=0))),
         caption_sampling=config.data.caption_sampling,
+        classes=tuple(config.classify.classes),
         seed=0,
     )
     for step in range(steps):

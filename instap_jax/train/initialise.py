@@ -16,7 +16,8 @@ def initial_params(
 
     A run of the same stage gives everything, one of a stage in `Objective.starts_from` the modules
     named there. Strict both ways: a module that is taken fits parameter by parameter, and one
-    that the other run has is taken. Prints where every module comes from.
+    that the other run has is taken, or named in `Objective.leaves`. Prints where every module
+    comes from, and what is left.
 
     Args:
       abstract: of the parameters, with shardings.
@@ -39,8 +40,9 @@ def initial_params(
             f"stage {config.stage!r} starts from {possible}"
         )
     unused = sorted(set(checkpoint.module_names(source)) - set(modules))
-    if unused:
-        raise UserError(f"{source}: stage {config.stage!r} has no place for its {unused[0]!r}")
+    lost = [name for name in unused if stage == config.stage or name not in objective.leaves]
+    if lost:
+        raise UserError(f"{source}: stage {config.stage!r} has no place for its {lost[0]!r}")
     params = dict(fresh.raw_mapping)  # plain dicts inside: one State inside another is another tree
     for name in modules:
         read = checkpoint.read_params(source, abstract[name], select=(name,))
@@ -48,6 +50,8 @@ def initial_params(
     for name in params:
         origin = f"from {source} ({stage}, step {step})" if name in modules else "fresh"
         print(f"init {name}: {_size(abstract[name])}, {origin}")
+    if unused:
+        print(f"init leaves {', '.join(unused)} of {source}")
     return nnx.State(params)
 
 

@@ -48,6 +48,8 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     ]
     if c.layer_decay != 1.0:
         parts.append(_scale_by_layer(c.layer_decay))
+    if config.stage == "classify" and config.classify.frozen:
+        parts.append(_train_only("head"))
     parts.append(optax.scale_by_learning_rate(learning_rate_schedule(config)))
     return optax.chain(*parts)
 
@@ -98,6 +100,20 @@ def _scale_by_layer(decay: float) -> optax.GradientTransformation:
         del params
         scaled = jax.tree.map(jnp.multiply, updates, layer_scales(updates, decay))
         return scaled, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _train_only(module: str) -> optax.GradientTransformation:
+    """No update at all, not even weight decay, to what lies outside a top-level module."""
+
+    def update(updates, state, params=None):
+        del params
+
+        def keep(path, leaf: nnx.Variable):
+            return leaf if _keys(path)[0] == module else leaf.replace(0 * leaf.get_value())
+
+        return _map_variables(keep, updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 

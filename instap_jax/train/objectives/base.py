@@ -24,6 +24,8 @@ class Objective:
         model's parameters.
       starts_from: stage of another run -> the modules that this stage takes from it. A run of the
         same stage is always taken whole.
+      leaves: modules of such runs that this stage has no use for. Any other is an error: nothing
+        that was trained is dropped unnamed.
       loss: (config, model, frozen, batch, key) -> (scalar to minimise, float32 scalars to log).
     """
 
@@ -31,6 +33,7 @@ class Objective:
     create_frozen: Callable[[ConfigDict, nnx.Rngs], nnx.Module]
     frozen_path: tuple[str, ...] = ()
     starts_from: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    leaves: tuple[str, ...] = ()
     loss: Callable[[ConfigDict, nnx.Module, nnx.Module, Batch, jax.Array], LossResult]
 
 
