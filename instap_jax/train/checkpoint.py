@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -152,6 +153,42 @@ def read_params(
     for name in select:
         restored = restored[name]
     return restored
+
+
+class StoredParams:
+    """The parameters of one checkpoint, read leaf by leaf to the host; no device holds any.
+
+    Attributes:
+      shapes: dotted name of every parameter -> shape.
+      step: of the checkpoint.
+    """
+
+    def __init__(self, workdir: str):
+        with _reader(workdir) as manager:
+            self.step = _newest(manager, workdir)
+            self._path = manager.directory / str(self.step) / "params"
+        self._workdir = workdir
+        with _storage_faults(f"{self._path} cannot be read"), _params_reader() as reader:
+            tree = reader.metadata(self._path).item_metadata.tree
+        self._places = {_name(path): path for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
+        self.shapes = _shapes(tree)
+
+    def check(self, abstract: Any) -> None:
+        """Raises UserError unless they are exactly the parameters that `abstract` describes."""
+        expected = _shapes(abstract)
+        if self.shapes != expected:
+            raise UserError(_difference(expected, self.shapes, self._workdir))
+
+    def read(self, name: str) -> np.ndarray:
+        """One parameter, in the dtype it was stored with."""
+        item: Any = ocp.RestoreArgs(restore_type=np.ndarray)
+        for entry in reversed(self._places[name]):
+            item = {entry.key: item}
+        wanted = jax.tree.map(lambda _: 0, item)
+        args = ocp.args.PyTreeRestore(wanted, restore_args=item, partial_restore=True)
+        with _storage_faults(f"{self._path} cannot be read"), _params_reader() as reader:
+            (leaf,) = jax.tree.leaves(reader.restore(self._path, args=args))
+        return leaf
 
 
 def module_names(workdir: str) -> tuple[str, ...]:

@@ -17,9 +17,7 @@ from instap_jax.train import checkpoint
 def identify(config: ConfigDict) -> dict[str, Any]:
     """Facts by name: the tokenizer's fingerprint, the teacher's step; None where there is none."""
     return {
-        "tokenizer": load_tokenizer(config.tokenizer).fingerprint()
-        if config.tokenizer.path
-        else None,
+        "tokenizer": _fingerprint(config),
         "teacher": checkpoint.read_meta(config.teacher.checkpoint)[0]
         if needs_teacher(config) and config.teacher.checkpoint
         else None,
@@ -32,15 +30,24 @@ def check_same(config: ConfigDict, meta: dict[str, Any], workdir: str) -> None:
     Raises:
       UserError: naming what differs.
     """
+    check_tokenizer(config, meta, workdir)
+    teacher = identify(config)["teacher"]
+    if teacher != meta["inputs"]["teacher"]:
+        raise UserError(
+            f"{config.teacher.checkpoint} is at step {teacher}, but {workdir} was trained "
+            f"with its step {meta['inputs']['teacher']}"
+        )
+
+
+def check_tokenizer(config: ConfigDict, meta: dict[str, Any], workdir: str) -> None:
+    """What `check_same` does, for uses of a run that need no teacher."""
     if "inputs" not in meta:
         raise UserError(f"{workdir}: its checkpoint does not say what it was trained with")
-    now = identify(config)
-    if now["tokenizer"] != meta["inputs"]["tokenizer"]:
+    if _fingerprint(config) != meta["inputs"]["tokenizer"]:
         raise UserError(
             f"{config.tokenizer.path} is not the tokenizer that {workdir} was trained with"
         )
-    if now["teacher"] != meta["inputs"]["teacher"]:
-        raise UserError(
-            f"{config.teacher.checkpoint} is at step {now['teacher']}, but {workdir} was trained "
-            f"with its step {meta['inputs']['teacher']}"
-        )
+
+
+def _fingerprint(config: ConfigDict) -> str | None:
+    return load_tokenizer(config.tokenizer).fingerprint() if config.tokenizer.path else None

@@ -1,0 +1,249 @@
+"""A run of stage 'align' for PyTorch: our own module's layout, or UMT's.
+
+Parameters are read from the checkpoint leaf by leaf and written tensor by tensor. Whatever fails,
+nothing appears under the output's name: a directory beside it is renamed when all is there.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from instap_jax import config_check
+from instap_jax.errors import UserError
+from instap_jax.interop import instap, keys, umt
+from instap_jax.interop.safetensors_file import SafetensorsWriter
+from instap_jax.models import preprocess
+from instap_jax.progress import Progress
+from instap_jax.train import checkpoint, inputs
+from instap_jax.train.objectives import OBJECTIVES, term_weights
+
+FORMAT = "instap-torch-1"  # of config.json; `torch_model.FORMAT`
+MODULE = "torch_model.py"
+TOKENIZER_FILES = {"sentencepiece": "tokenizer.model", "wordpiece": "vocab.txt"}
+
+# Every field of the sections that describe the model. FORWARD: what it computes depends on these,
+# and torch_model.py reads them. TRAINING: it does not. A field in neither is one that this export
+# has never heard of: refused, for what it does would silently be missing.
+FORWARD = {
+    "vision": ("width", "depth", "heads", "mlp_ratio", "patch", "image_size"),
+    "text": ("vocab_size", "width", "depth", "fusion_layers", "heads", "mlp_ratio", "max_length"),
+    "align": (
+        "projection", "own_temperature", "crop_size", "still_boxes", "cross_attention",
+        "cross_attention_depth", "cross_attention_heads", "scene_anchor",
+    ),
+}  # fmt: skip
+TRAINING = {
+    "vision": ("drop_path",),
+    "text": ("dropout",),
+    "align": (
+        "rec", "vtc", "vtm", "mlm", "instance", "inst_vtc", "inst_vtm", "inst_mlm",
+        "mask_ratio_video", "mask_ratio_image", "mlm_ratio", "alpha", "crop_mask_ratio",
+        "global_instances",
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportedKey:
+    """One tensor that was written.
+
+    Attributes:
+      file: in the output directory. key: in that file. shape: there.
+      ours: dotted path of our parameter; '' for a buffer that is none. layer: of a stacked one.
+      how: the layout's transform, 'tied' for another name of a tensor, 'constant' for a buffer.
+    """
+
+    file: str
+    key: str
+    shape: tuple[int, ...]
+    ours: str
+    layer: int | None
+    how: str
+
+
+def export(workdir: Path, out: Path, *, layout: str) -> list[ExportedKey]:
+    """Writes the newest checkpoint of a run for PyTorch.
+
+    Args:
+      workdir: of a run of stage 'align'.
+      out: directory to be made.
+      layout: 'torch': `model.safetensors`, `config.json`, the tokenizer's file and
+        `torch_model.py`, whose `InstAP.from_pretrained` opens the directory. 'umt': `umt.pth`,
+        which loads strictly into UMT's `UMT` module (without its `clip_teacher`), and
+        `instap_extra.pth`, what UMT has no place for; needs torch.
+
+    Returns:
+      Every tensor written.
+
+    Raises:
+      UserError: no such run, one of another stage, an option of it that PyTorch's side does not
+        know, a damaged checkpoint, a parameter that is not finite, an output that exists.
+    """
+    config = config_check.read(workdir)
+    if config.stage != "align":
+        raise UserError(
+            f"{workdir} is a run of stage {config.stage!r}; exported are those of stage 'align'"
+        )
+    _refuse_unknown_options(config, workdir)
+    step, meta = checkpoint.read_meta(str(workdir))
+    inputs.check_tokenizer(config, meta, str(workdir))
+    stored = checkpoint.StoredParams(str(workdir))
+    create = functools.partial(OBJECTIVES["align"].create, config)
+    stored.check(nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))))[1])
+    with _written_aside(out) as aside:
+        written = {"torch": _write_ours, "umt": _write_umt}[layout](stored, aside)
+        if layout == "torch":
+            _write_json(aside / "config.json", describe(config, step))
+            shutil.copyfile(Path(__file__).with_name(MODULE), aside / MODULE)
+            name = TOKENIZER_FILES[config.tokenizer.kind]
+            shutil.copyfile(config.tokenizer.path, aside / name)
+        _write_json(aside / "report.json", [dataclasses.asdict(key) for key in written])
+    return written
+
+
+def describe(config: ConfigDict, step: int) -> dict:
+    """The `config.json` of an export: everything that `torch_model.InstAP` is built from."""
+    sections = {name: {key: config[name][key] for key in FORWARD[name]} for name in FORWARD}
+    align = sections["align"]
+    align["crop_size"] = align["crop_size"] or config.vision.image_size
+    # Where training had no equation (8), an instance's embedding is its crop's (evaluation).
+    trained = "inst_vtc" in term_weights(config)
+    align["instance_embedding"] = "contextual" if trained else "crop"
+    mean, deviation = preprocess.IMAGENET
+    tokenizer = {
+        "kind": config.tokenizer.kind,
+        "file": TOKENIZER_FILES[config.tokenizer.kind],
+        "length": config.tokenizer.length,
+    }
+    return {
+        "format": FORMAT,
+        **sections,
+        "distill": {"layers": config.distill.layers},
+        "teacher": {"projection": config.teacher.projection},
+        "tokenizer": tokenizer,
+        "temperature_range": list(config.contrastive.temperature_range),
+        "preprocessing": {
+            "mean": list(mean),
+            "std": list(deviation),
+            "scale": "pixels / 255",
+            "scene": "whole picture to image_size x image_size",
+            "instance": "box to crop_size x crop_size",
+            "filter": "antialiased bilinear",
+        },
+        "trained": {"step": step, "frames": config.data.frames, "dtype": config.compute.dtype},
+    }
+
+
+def _refuse_unknown_options(config: ConfigDict, workdir: Path) -> None:
+    for section in FORWARD:
+        unknown = set(config[section]) - {*FORWARD[section], *TRAINING[section]}
+        if unknown:
+            raise UserError(
+                f"{workdir}: the export does not know what config.{section}.{min(unknown)} does to "
+                "the model; teach it to instap_jax/interop/export.py and torch_model.py"
+            )
+
+
+def _write_ours(stored: checkpoint.StoredParams, out: Path) -> list[ExportedKey]:
+    table, file = instap.table(stored.shapes), "model.safetensors"
+    with SafetensorsWriter(out / file, table.shapes()) as writer:
+        return _convert(stored, table.rows, file, writer.write)
+
+
+def _write_umt(stored: checkpoint.StoredParams, out: Path) -> list[ExportedKey]:
+    torch = _torch()
+    table = umt.table("align", stored.shapes)
+    extra = [row for row in instap.table(stored.shapes).rows if row.ours in table.own]
+    written = []
+    for file, rows in (("umt.pth", table.rows), ("instap_extra.pth", extra)):
+        state = {}
+
+        def put(key: str, array: np.ndarray, state=state) -> None:
+            state[key] = torch.from_numpy(np.array(array, order="C"))
+
+        written += _convert(stored, rows, file, put)
+        if rows is table.rows:
+            for key, origin in table.tied.items():
+                state[key] = state[origin]
+                written.append(_added(file, key, state[key].shape, "tied"))
+            for key, value in table.constants.items():
+                state[key] = torch.from_numpy(value)
+                written.append(_added(file, key, value.shape, "constant"))
+        torch.save({"model": state}, out / file)
+    return written
+
+
+def _convert(
+    stored: checkpoint.StoredParams,
+    rows: Sequence[keys.Row],
+    file: str,
+    write: Callable[[str, np.ndarray], None],
+) -> list[ExportedKey]:
+    """Reads the parameters of the rows one after the other and writes their foreign tensors."""
+    written = []
+    with Progress(f"write {file}", len(rows), unit="layers") as progress:
+        for name, group in itertools.groupby(rows, key=lambda row: row.ours):
+            array = stored.read(name)
+            if array.dtype != np.float32 or not np.isfinite(array).all():
+                fault = "has values that are not finite"
+                if array.dtype != np.float32:
+                    fault = f"is {array.dtype}, not float32"
+                raise UserError(f"parameter {name} of step {stored.step} {fault}; not exported")
+            for row in group:
+                tensors = row.to_theirs(array if row.layer is None else array[row.layer])
+                for key, tensor in tensors.items():
+                    write(key, tensor)
+                    written.append(
+                        ExportedKey(
+                            file=file,
+                            key=key,
+                            shape=tensor.shape,
+                            ours=name,
+                            layer=row.layer,
+                            how=row.transform.name,
+                        )
+                    )
+                progress.update()
+    return written
+
+
+def _added(file: str, key: str, shape: Sequence[int], how: str) -> ExportedKey:
+    return ExportedKey(file=file, key=key, shape=tuple(shape), ours="", layer=None, how=how)
+
+
+def _torch():
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError("--to=umt writes torch's own format: install torch") from error
+    return torch
+
+
+def _write_json(path: Path, content) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def _written_aside(out: Path) -> Iterator[Path]:
+    """A sibling of `out` that becomes `out` at the end, or vanishes where something fails."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--output={out}: exists and is not an empty directory; name another")
+    aside = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        os.replace(aside, out)
+    except OSError as error:
+        raise UserError(f"--output={out}: cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
