@@ -21,7 +21,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 from multiprocessing import connection, resource_tracker
 from typing import Any
@@ -106,7 +106,7 @@ def make_loader(
             raise UserError(f"{corpus.directory}:{corpus.split} has no {kind} samples")
     builder = GroupBuilder(
         sources=sources,
-        tokenizer=_tokenizer(config),
+        tokenizer=open_tokenizer(config),
         use=Use.TRAIN,
         group_size=group_size,
         frames=data.frames if kind is Kind.VIDEO else 1,
@@ -129,7 +129,7 @@ def make_loader(
     )
 
 
-def _tokenizer(config: ConfigDict) -> Tokenizer | None:
+def open_tokenizer(config: ConfigDict) -> Tokenizer | None:
     if not config.tokenizer.path and config.stage in _STAGES_WITHOUT_TEXT:
         return None
     tokenizer = load_tokenizer(config.tokenizer)
@@ -216,7 +216,7 @@ class Loader:
     def __next__(self) -> Batch:
         """Returns the next batch, leading axis g / host_count."""
         if self._iterator is None:
-            batch = _call_without_interrupts(self._first)
+            batch = call_without_interrupts(self._first)
         else:
             batch = next(self._iterator)
         self._next_sample += self._groups * self._builder.group_size
@@ -259,37 +259,53 @@ class Loader:
             ]
             .map(self._builder.build)
         )
-        if not self._workers:
-            # One thread, so that the next batch is read while the step runs.
-            options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self._prefetch)
-            return iter(dataset.to_iter_dataset(options))
-        self._check_shared_memory(per_host)
-        reading = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-        # Only the pixels travel in shared memory; a file for every small array costs more.
-        options = grain.experimental.DatasetOptions(min_shm_size=1 << 16)
-        workers = grain.MultiprocessingOptions(
-            num_workers=self._workers, per_worker_buffer_size=max(1, self._prefetch)
+        return iterate(dataset, self._workers, self._prefetch, self._builder.shapes(per_host))
+
+
+def iterate(
+    dataset: grain.MapDataset, workers: int, prefetch: int, shapes: Mapping[str, tuple]
+) -> grain.DatasetIterator:
+    """Iterates over a dataset of batches, ahead of the consumer, in order; close it when done.
+
+    Args:
+      workers: processes; 0: one thread of this process.
+      prefetch: batches buffered per worker.
+      shapes: name -> (shape, dtype) of a batch's arrays, for the shared memory they need.
+
+    Raises:
+      UserError: shared memory is too small for that many workers.
+    """
+    if not workers:
+        # One thread, so that the next batch is read while the step runs.
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
+        return iter(dataset.to_iter_dataset(options))
+    _check_shared_memory(workers, prefetch, shapes)
+    reading = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    # Only the pixels travel in shared memory; a file for every small array costs more.
+    options = grain.experimental.DatasetOptions(min_shm_size=1 << 16)
+    processes = grain.MultiprocessingOptions(
+        num_workers=workers, per_worker_buffer_size=max(1, prefetch)
+    )
+    dataset = grain.experimental.WithOptionsIterDataset(reading, options)
+    return iter(dataset.mp_prefetch(processes, worker_init_fn=_enter_worker))
+
+
+def _check_shared_memory(workers: int, prefetch: int, shapes: Mapping[str, tuple]) -> None:
+    """Batches come from the workers through shared memory; a full one kills them unasked."""
+    if not os.path.isdir(_SHARED_MEMORY):
+        return
+    batch = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())
+    needed = batch * workers * (max(1, prefetch) + 1)
+    free = shutil.disk_usage(_SHARED_MEMORY).free
+    if needed > free:
+        raise UserError(
+            f"{workers} data workers with data.prefetch={prefetch} need "
+            f"{needed / 1e9:.1f} GB of {_SHARED_MEMORY}, which has {free / 1e9:.1f} GB free; "
+            "lower data.workers or data.prefetch, or mount it larger"
         )
-        dataset = grain.experimental.WithOptionsIterDataset(reading, options)
-        return iter(dataset.mp_prefetch(workers, worker_init_fn=_enter_worker))
-
-    def _check_shared_memory(self, per_host: int) -> None:
-        """Batches come from the workers through shared memory; a full one kills them unasked."""
-        if not os.path.isdir(_SHARED_MEMORY):
-            return
-        specs = self._builder.shapes(per_host).values()
-        batch = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in specs)
-        needed = batch * self._workers * (max(1, self._prefetch) + 1)
-        free = shutil.disk_usage(_SHARED_MEMORY).free
-        if needed > free:
-            raise UserError(
-                f"{self._workers} data workers with data.prefetch={self._prefetch} need "
-                f"{needed / 1e9:.1f} GB of {_SHARED_MEMORY}, which has {free / 1e9:.1f} GB free; "
-                "lower data.workers or data.prefetch, or mount it larger"
-            )
 
 
-def _call_without_interrupts(call):
+def call_without_interrupts(call):
     """Runs `call` in a thread in which Ctrl-C is blocked, and waits for it.
 
     Worker processes start inside the call and inherit the block: a Ctrl-C, which the terminal
@@ -407,7 +423,7 @@ def evaluation_groups(
     counts[: len(source)] = [_instances_of(source, record) for record in range(len(source))]
     builder = GroupBuilder(
         sources=[source],
-        tokenizer=_tokenizer(config),
+        tokenizer=open_tokenizer(config),
         use=Use.EVALUATE,
         group_size=group_size,
         frames=frames if kind is Kind.VIDEO else 1,
