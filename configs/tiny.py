@@ -7,6 +7,8 @@ sentence of their caption: the teacher of stage 1, as CLIP weights are not at ha
 contrasts alone, (2) and (8), and under random masks: neither teacher nor fusion layers run.
 `configs/tiny.py:stage2,NAME` is a baseline or ablation of docs/ablations.md; `stage2,all_terms`
 trains the complete objective, at about twice the time a step.
+`configs/tiny.py:ground` and `configs/tiny.py:classify` fine-tune what stage 2 or stage 1 left, as
+`configs/ground_l16.py` and `configs/classify_l16.py` do; docs/finetuning.md has their commands.
 
 Command:  bash launch/quickstart.sh, which runs (DIR is what `instap pack` wrote, TOKENIZER what
           `instap tokenizer` wrote)
@@ -26,7 +28,8 @@ Expected: docs/measurements.md.
 from instap_jax.ablations import ablate
 from instap_jax.config import default
 
-PARTS = ("teacher", "stage1", "stage2")
+PARTS = ("teacher", "stage1", "stage2", "ground", "classify")
+BACKGROUNDS = ("plain", "gradient", "noise", "stripes", "tiles", "grass", "sky")
 
 
 def get_config(text: str = ""):
@@ -46,7 +49,13 @@ def get_config(text: str = ""):
     c.compute.remat = "all"
     c.checkpoint.every = 200
     c.log.every = 10
-    {"teacher": _teacher, "stage1": _stage1, "stage2": _stage2}[part](c)
+    {
+        "teacher": _teacher,
+        "stage1": _stage1,
+        "stage2": _stage2,
+        "ground": _ground,
+        "classify": _classify,
+    }[part](c)
     if ablation and part != "stage2":
         raise ValueError(f"ablations are of configs/tiny.py:stage2, not of {part}")
     ablate(c, ablation)
@@ -87,4 +96,33 @@ def _stage2(c) -> None:
         warmup_steps=50,
         betas=(0.9, 0.999),
         weight_decay=0.02,
+    )
+
+
+def _ground(c) -> None:
+    c.stage = "ground"
+    c.steps = 1000
+    c.data.frames = 4
+    c.data.caption_sampling = "first"  # one sentence alone may fit several entities
+    c.text.update(depth=3, fusion_layers=1)
+    c.optimizer.update(
+        learning_rate=1e-3,
+        min_learning_rate=1e-5,
+        warmup_steps=50,
+        betas=(0.9, 0.999),
+        weight_decay=0.02,
+    )
+
+
+def _classify(c) -> None:
+    c.stage = "classify"
+    c.steps = 300
+    c.data.frames = 4
+    c.classify.classes = BACKGROUNDS  # what `instap synth` writes as `label`
+    c.optimizer.update(
+        learning_rate=1e-3,
+        min_learning_rate=1e-5,
+        warmup_steps=30,
+        betas=(0.9, 0.999),
+        layer_decay=0.85,
     )

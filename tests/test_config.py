@@ -13,7 +13,9 @@ from instap_jax.errors import UserError
 SHIPPED = [
     ("stage1_l16",),
     ("stage2_l16",),
-    *[("tiny", part) for part in ("teacher", "stage1", "stage2")],
+    ("ground_l16",),
+    ("classify_l16", str(Path(__file__).parent / "classes.txt")),
+    *[("tiny", part) for part in ("teacher", "stage1", "stage2", "ground", "classify")],
     *[("stage2_l16", name) for name in ABLATIONS],
     *[("tiny", f"stage2,{name}") for name in ABLATIONS],
 ]

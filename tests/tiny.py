@@ -26,7 +26,8 @@ def tiny_config(part: str, **changes) -> ConfigDict:
     c.teacher.update(
         width=32, depth=2, heads=2, patch=3, image_size=12, projection=16, mlp_ratio=2.0
     )
-    depth = 2 if part.startswith("stage2") else 1  # the second one is a fusion layer
+    fuses = part.startswith(("stage2", "ground"))
+    depth = 2 if fuses else 1  # the second one is a fusion layer
     c.text.update(vocab_size=320, width=32, depth=depth, heads=2, max_length=32, mlp_ratio=2.0)
     c.align.update(crop_size=8, projection=16, cross_attention_heads=2)
     c.optimizer.warmup_steps = 2

@@ -161,6 +161,7 @@ def _annotate(
         ),
         line=0,
         extra={
+            "label": background.kind,
             "attributes": {
                 "background": background.kind,
                 "tone": background.tone,
