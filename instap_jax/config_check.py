@@ -58,6 +58,8 @@ POSITIVE = (
     "align.projection",
     "align.cross_attention_depth",
     "align.cross_attention_heads",
+    "align.crop_context",
+    "align.cross_attention_scale",
     "optimizer.learning_rate",
     "optimizer.accumulate",
     "optimizer.epsilon",
@@ -106,7 +108,7 @@ TUPLES = {
     "contrastive.temperature_range": (1e-6, 1e3),
     "optimizer.betas": (0.0, 0.99999),
 }
-PATHS = ("tokenizer.path", "teacher.checkpoint", "checkpoint.init_from")
+PATHS = ("tokenizer.path", "teacher.checkpoint", "text.checkpoint", "checkpoint.init_from")
 
 # What may differ when a run goes on: it changes speed, output or length, not the result of a step.
 MAY_CHANGE = (
@@ -244,6 +246,8 @@ def _relation_faults(config: ConfigDict) -> list[str]:
             faults.append(f"{name}.width={c[name].width} is no multiple of its heads")
     if c.stage != "distill" and c.tokenizer.length > c.text.max_length:
         faults.append(f"tokenizer.length={c.tokenizer.length} is more than text.max_length")
+    if c.text.checkpoint and c.stage != "align":
+        faults.append(f"text.checkpoint is read by stage 'align' only, not by {c.stage!r}")
     if not 0 <= c.data.image_fraction <= 1:
         faults.append(f"data.image_fraction={c.data.image_fraction} must be in [0, 1]")
     if not c.optimizer.warmup_steps < c.steps:
@@ -323,14 +327,8 @@ def record(loaded: LoadedConfig, workdir: Path) -> None:
       UserError: when the workdir holds another configuration's run, or other files.
     """
     path = workdir / "config.json"
+    check_workdir(loaded.config, workdir)
     resolved = json.loads(json.dumps(loaded.config.to_dict()))
-    try:
-        if any((workdir / "checkpoints").glob("[0-9]*")):
-            _check_same(path, resolved)
-        elif workdir.exists() and not path.exists() and any(workdir.iterdir()):
-            raise UserError(f"{workdir}: not empty and not a run (it has no config.json)")
-    except OSError as error:
-        raise UserError(f"{workdir}: {error.strerror}") from error
     base = json.loads(json.dumps(flatten(default())))
     flat = flatten(resolved)
     content = {
@@ -346,6 +344,22 @@ def record(loaded: LoadedConfig, workdir: Path) -> None:
         os.replace(aside, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def check_workdir(config: ConfigDict, workdir: Path) -> None:
+    """Checks that a run of `config` may start or go on in `workdir`.
+
+    Raises:
+      UserError: when it holds another configuration's run, or other files.
+    """
+    path = workdir / "config.json"
+    try:
+        if any((workdir / "checkpoints").glob("[0-9]*")):
+            _check_same(path, json.loads(json.dumps(config.to_dict())))
+        elif workdir.exists() and not path.exists() and any(workdir.iterdir()):
+            raise UserError(f"{workdir}: not empty and not a run (it has no config.json)")
+    except OSError as error:
+        raise UserError(f"{workdir}: {error.strerror}") from error
 
 
 def read(workdir: Path) -> ConfigDict:
@@ -396,7 +410,7 @@ def _check_same(path: Path, resolved: dict[str, Any]) -> None:
     if differ:
         raise UserError(
             f"{path.parent} holds a run of another configuration: {', '.join(differ[:4])}"
-            f"{' ...' if len(differ) > 4 else ''}; use another --workdir"
+            f"{' ...' if len(differ) > 4 else ''}; use another directory"
         )
 
 

@@ -28,6 +28,8 @@ VERBS = {
     "tokenizer": "train a sentencepiece vocabulary on an annotation file",
     "train": "train any stage",
     "evaluate": "measure a trained model; write JSON",
+    "ablate": "train and evaluate a table of configurations over seeds; write it with intervals",
+    "convert": "weights of CLIP, BERT and UMT in; PyTorch and UMT out",
     "report": "one self-contained HTML page: curves, samples, results of one or more runs",
 }
 

@@ -52,7 +52,7 @@ class Progress:
         """Prints the final line, with the whole time taken."""
         elapsed = time.monotonic() - self._start
         rate = self._count / max(elapsed, 1e-9)
-        line = f"{self._label}  {self._count} {self._unit} in {_span(elapsed)}  {rate:.1f}/s"
+        line = f"{self._label}  {self._count} {self._unit} in {_span(elapsed)}  {_rate(rate)}"
         self._print(line)
         if self._terminal:
             print(file=self._stream, flush=True)
@@ -61,11 +61,11 @@ class Progress:
         rate = self._count / max(now - self._start, 1e-9)
         line = f"{self._label}  {self._count}"
         if self._total:
-            left = (self._total - self._count) / max(rate, 1e-9)
             line += f"/{self._total} {self._unit} ({100 * self._count / self._total:.0f} %)"
-            line += f"  {rate:.1f}/s  {_span(left)} left"
+            if self._count:  # before the first unit nothing is known of the time left
+                line += f"  {_rate(rate)}  {_span((self._total - self._count) / rate)} left"
         else:
-            line += f" {self._unit}  {rate:.1f}/s"
+            line += f" {self._unit}  {_rate(rate)}"
         return f"{line}  {note}".rstrip()
 
     def _print(self, line: str) -> None:
@@ -74,6 +74,10 @@ class Progress:
             self._width = len(line)
         else:
             print(line, file=self._stream, flush=True)
+
+
+def _rate(per_second: float) -> str:
+    return f"{per_second:.1f}/s" if per_second >= 1 else f"{per_second:.2g}/s"
 
 
 def _span(seconds: float) -> str:

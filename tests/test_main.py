@@ -67,7 +67,8 @@ ALLOWED = {
     },
     "evaluation": {"config", "config_check", "sharding", "models", "data", "train"},
     "interop": {"config", "config_check", "models", "data", "train"},
-    "commands": {"config_check", "train", "evaluation", "data", "interop"},
+    "study": {"ablations", "config_check", "evaluation", "train"},
+    "commands": {"config_check", "train", "evaluation", "data", "interop", "study"},
     "main": set(),
 }
 

@@ -1,0 +1,189 @@
+"""The runs of a study: one (row, seed) each, its configuration, its commands, what is done of it.
+
+OUT/ROW/seedN/                workdir of `instap train`; ROW@STEPS with steps of its own
+OUT/ROW/seedN/evaluated.json  arguments and step of the evaluation that is there
+OUT/calibration/ROW/          the short run that measured a row's seconds a step
+OUT/logs/                     what the commands printed
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from instap_jax import config_check
+from instap_jax.config_check import LoadedConfig
+from instap_jax.errors import UserError
+from instap_jax.study.tables import Row
+from instap_jax.train.metrics import read_metrics
+
+# Steps of a calibration. The first of each kind compile, and are left out.
+CALIBRATION_STEPS = 40
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Suites:
+    """What runs are evaluated on: flags of `instap evaluate`, paths absolute."""
+
+    videos: str
+    images: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training and what it is measured on.
+
+    Attributes:
+      name: as in messages, 'ROW/seedN'.
+      workdir: of `instap train`.
+      config: resolved and checked; what the workdir must hold.
+      file: of --config. overrides: dotted key -> value; they make `config` out of `file`.
+      suites: None for a calibration, which is not evaluated.
+    """
+
+    name: str
+    row: str
+    seed: int
+    workdir: Path
+    config: ConfigDict
+    file: str
+    overrides: dict[str, Any]
+    suites: Suites | None
+
+    @property
+    def last(self) -> int:
+        """The step at which training is done."""
+        return min(self.config.steps, self.config.stop_at or self.config.steps)
+
+    def train_command(self) -> list[str]:
+        flags = [f"--config.{key}={value}" for key, value in self.overrides.items()]
+        return _instap("train", f"--config={self.file}", *flags, f"--workdir={self.workdir}")
+
+    def evaluate_command(self) -> list[str]:
+        return _instap(
+            "evaluate",
+            f"--workdir={self.workdir}",
+            "--task=retrieval",
+            f"--videos={self.suites.videos}",
+            f"--images={self.suites.images}",
+        )
+
+    def trained(self) -> bool:
+        """Whether the checkpoint of the last step is there."""
+        return (self.workdir / "checkpoints" / str(self.last)).is_dir()
+
+    def step(self) -> int:
+        """The last step known of the training, from its log; 0 before the first."""
+        try:
+            lines = read_metrics(self.workdir)
+        except OSError:
+            return 0
+        return lines[-1]["step"] if lines else 0
+
+    def evaluated(self) -> bool:
+        """Whether these weights have been measured on these suites."""
+        if self.suites is None:
+            return True
+        try:
+            return json.loads(self._marker.read_text()) == self._evaluation()
+        except (OSError, ValueError):
+            return False
+
+    def mark_evaluated(self) -> None:
+        aside = self._marker.with_suffix(".partial")
+        aside.write_text(json.dumps(self._evaluation()) + "\n")
+        os.replace(aside, self._marker)
+
+    def done(self) -> bool:
+        return self.trained() and self.evaluated()
+
+    @property
+    def _marker(self) -> Path:
+        return self.workdir / "evaluated.json"
+
+    def _evaluation(self) -> dict[str, Any]:
+        return {"step": self.last, **dataclasses.asdict(self.suites)}
+
+
+def plan_run(
+    loaded: LoadedConfig, row: Row, seed: int, out: Path, *, steps: int, suites: Suites
+) -> Run:
+    """The run of a row with a seed.
+
+    Raises:
+      UserError: the row does not fit the configuration.
+    """
+    folder = row.name if steps == loaded.config.steps else f"{row.name}@{steps}"
+    changes = row.changes() | {"seed": seed, "steps": steps}
+    name = f"{folder}/seed{seed}"
+    return _plan(loaded, row, changes, name=name, workdir=out / name, suites=suites)
+
+
+def plan_calibration(loaded: LoadedConfig, row: Row, out: Path) -> Run:
+    """The short run that measures a row's seconds a step."""
+    stop = min(CALIBRATION_STEPS, loaded.config.steps)
+    changes = row.changes() | {"stop_at": stop, "log.every": 1, "log.tensorboard": False}
+    name = f"calibration/{row.name}"
+    return _plan(loaded, row, changes, name=name, workdir=out / name, suites=None)
+
+
+def _plan(loaded: LoadedConfig, row: Row, changes, *, name, workdir: Path, suites) -> Run:
+    config = loaded.config.copy_and_resolve_references()
+    config.update_from_flattened_dict(changes)
+    try:
+        config_check.check(config)
+    except UserError as error:
+        raise UserError(f"row {row.name}: {error}") from error
+    return Run(
+        name=name,
+        row=row.name,
+        seed=config.seed,
+        workdir=workdir,
+        config=config,
+        file=loaded.file,
+        # The row's own changes after the user's: an override is of every run's common ground.
+        overrides=dict(loaded.overrides) | changes,
+        suites=suites,
+    )
+
+
+def calibrated_seconds(run: Run) -> float:
+    """Seconds a step of a calibration: the median of each kind of step, weighted as they alternate.
+
+    Raises:
+      UserError: its log is missing or too short to tell.
+    """
+    by_kind: dict[str, list[float]] = {}
+    try:
+        lines = read_metrics(run.workdir)
+    except OSError as error:
+        raise UserError(f"{run.workdir}: no metrics.jsonl: {error.strerror}") from error
+    for line in lines:
+        kind = next((key for key in line if key.startswith("kind_")), "kind")
+        by_kind.setdefault(kind, []).append(line["step_seconds"])
+    # Each kind's first step compiles; the one after it may still wait for the first.
+    kept = {kind: seconds[2:] for kind, seconds in by_kind.items()}
+    if not kept or not all(kept.values()):
+        raise UserError(f"{run.workdir}: too few steps to tell the time of a step from")
+    total = sum(map(len, by_kind.values()))
+    return sum(
+        len(by_kind[kind]) / total * statistics.median(seconds) for kind, seconds in kept.items()
+    )
+
+
+def step_seconds(run: Run) -> float | None:
+    """Median of the logged seconds a step; None where fewer than two readings are."""
+    try:
+        seconds = [line["step_seconds"] for line in read_metrics(run.workdir)]
+    except OSError:
+        return None
+    return statistics.median(seconds[1:]) if len(seconds) > 1 else None
+
+
+def _instap(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "instap_jax", *arguments]
