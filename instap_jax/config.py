@@ -104,7 +104,7 @@ def _vision() -> ConfigDict:
 def _teacher() -> ConfigDict:
     """The frozen teacher: CLIP ViT-L/14 at 196 px (PAPER 3)."""
     c = ConfigDict()
-    # A workdir of a 'teacher' run.
+    # A workdir of a 'teacher' run, or what `instap convert --from=clip` wrote.
     c.checkpoint = placeholder(str)
     c.width = 1024
     c.depth = 24
@@ -119,6 +119,9 @@ def _teacher() -> ConfigDict:
 def _text() -> ConfigDict:
     """BERT-large (PAPER 4)."""
     c = ConfigDict()
+    # What `instap convert --from=bert` wrote: where stage 'align' takes the text encoder from when
+    # its workdir has no checkpoint yet.
+    c.checkpoint = placeholder(str)
     c.vocab_size = 30522
     c.width = 1024
     c.depth = 24
@@ -149,6 +152,9 @@ def _distill() -> ConfigDict:
 def _contrastive() -> ConfigDict:
     """Equation (2)."""
     c = ConfigDict()
+    # 'softmax': InfoNCE (paper). 'sigmoid': of every pair by itself (SigLIP), in stage 'align'.
+    c.loss = "softmax"
+    c.bias = -10.0  # initial value, learnable, of 'sigmoid' (SigLIP)
     c.temperature = 0.07  # initial value, learnable; also of the instances' own
     c.temperature_range = (0.001, 0.5)
     return c
@@ -185,9 +191,16 @@ def _align() -> ConfigDict:
     c.cross_attention = True
     c.cross_attention_depth = 1  # blocks
     c.cross_attention_heads = 16
-    # Beyond the paper: crop tokens carry the scene's position code at their patch centre and
-    # frame before (5) (PAPER 6).
+    # Beyond the paper, each by itself. Crop tokens carry before (5): the scene's position code at
+    # their patch centre and frame (PAPER 6); learned codes of their box's size in the view, and of
+    # how far it has moved since the instance appeared.
     c.scene_anchor = False
+    c.size_code = False
+    c.motion_code = False
+    # Beyond the paper: crops of boxes enlarged this many times about their centre, to show the
+    # surroundings; and the scale of the cross-attention's output projection at its start.
+    c.crop_context = 1.0
+    c.cross_attention_scale = 1.0
     # Baseline UMT (g+i): instance sentences are further captions of the whole video in (2).
     c.global_instances = False
     return c

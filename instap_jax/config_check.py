@@ -29,6 +29,7 @@ CHOICES = {
     "tokenizer.kind": ("sentencepiece", "wordpiece"),
     "distill.mask_score": ("cls", "received", "random"),
     "distill.mask_choice": ("sample", "topk"),
+    "contrastive.loss": ("softmax", "sigmoid"),
     "compute.dtype": ("bfloat16", "float32"),
     "compute.remat": ("none", "dots", "all"),
 }
@@ -252,6 +253,8 @@ def _relation_faults(config: ConfigDict) -> list[str]:
         faults.append(f"data.image_fraction={c.data.image_fraction} must be in [0, 1]")
     if not c.optimizer.warmup_steps < c.steps:
         faults.append(f"optimizer.warmup_steps={c.optimizer.warmup_steps} must be below steps")
+    if c.contrastive.loss != "softmax" and c.stage != "align":
+        faults.append(f"contrastive.loss={c.contrastive.loss!r} is of stage 'align' alone")
     if needs_teacher(c):
         grids = [c[name].image_size // c[name].patch for name in ("vision", "teacher")]
         if grids[0] != grids[1]:

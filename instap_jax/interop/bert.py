@@ -5,8 +5,133 @@ cross-attention in its last layers besides.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
-from instap_jax.interop.keys import HEADS, HEADS_BIAS, Rule, Shape, linear, norm
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from instap_jax.errors import UserError
+from instap_jax.interop.keys import (
+    HEADS,
+    HEADS_BIAS,
+    Rule,
+    Shape,
+    Table,
+    linear,
+    norm,
+    resolve,
+)
+from instap_jax.interop.plan import Plan, assumed, count, dimensions, fit, shapes_of
+from instap_jax.interop.reading import Weights, read_config
+from instap_jax.models.text import TextEncoder
+from instap_jax.train.objectives import compute_options
+
+CHANNELS = 64  # of an attention head in BERT base and large
+# Fusion layers that UMT makes of the last ones (multi_modality/configs/model.py).
+FUSION_LAYERS = {12: 3, 24: 5}
+IGNORED = {
+    "bert.pooler.": "BERT's pooler: text is pooled by its [CLS] token as it is, as in UMT",
+    "cls.seq_relationship.": "BERT's next-sentence head",
+}
+_CROSS = ("text.fusion_blocks.cross.", "text.fusion_blocks.cross_norm.")
+
+
+def table(shapes: Mapping[str, Shape], *, head: bool = True) -> Table:
+    """BERT's layout over our `text`, its keys beginning with 'bert.' and 'cls.'.
+
+    Args:
+      head: whether the file has a masked-language head.
+    """
+    rules = encoder_rules(shapes, theirs="bert.", cross=False)
+    length = shapes["text.embeddings.positions"][0]
+    return resolve(
+        rules + (head_rules(theirs="cls.") if head else []),
+        shapes,
+        own=_CROSS if head else (*_CROSS, "text.mlm_head."),
+        tied=tied_head(body="bert.", head="cls.") if head else {},
+        constants={"bert.embeddings.position_ids": np.arange(length)[None]},
+        ignored=IGNORED,
+    )
+
+
+def plan(weights: Weights, config: ConfigDict | None) -> Plan:
+    """BERT weights as what `config.text.checkpoint` names.
+
+    Raises:
+      UserError: not BERT weights, or they do not fit the configuration.
+    """
+    weights.rename(_canonical)
+    if not weights.has("bert.embeddings."):
+        raise UserError(f"{weights.path}: no BERT: it has no 'embeddings.word_embeddings.weight'")
+    sizes = text_sizes(weights, "bert.")
+    guesses = {"text.heads": max(sizes["text.width"] // CHANNELS, 1)}
+    if (said := read_config(weights.path)) is not None:
+        sizes["text.heads"] = _check_said(weights, said)
+        guesses = {}
+    depth = sizes["text.depth"]
+    if config is None and depth not in FUSION_LAYERS:
+        raise UserError(
+            f"{weights.path}: {depth} layers; how many of them are fusion layers is known of 12 "
+            "and 24 only: give --config=FILE and --config.text.fusion_layers"
+        )
+    guesses["text.fusion_layers"] = FUSION_LAYERS.get(depth)
+    fitted = fit(config, "align", weights, sizes, guesses)
+
+    def create(rngs: nnx.Rngs) -> nnx.Module:
+        width = fitted.vision.width
+        options = compute_options(fitted)
+        return nnx.Dict(text=TextEncoder(fitted.text, vision_width=width, rngs=rngs, **options))
+
+    return Plan(
+        kind="bert (Hugging Face)",
+        config=fitted,
+        create=create,
+        table=table(shapes_of(create), head=weights.has("cls.predictions.")),
+        draw=False,
+        sizes=sizes,
+        assumed=assumed(fitted, guesses),
+    )
+
+
+def _canonical(name: str) -> str:
+    """Names as BertForPreTraining has them today: BertModel's lack 'bert.', and weights of 2018,
+    Google's own on the hub among them, call a LayerNorm's parameters gamma and beta."""
+    if name.startswith(("embeddings.", "encoder.", "pooler.")):
+        name = f"bert.{name}"
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
+        "LayerNorm.beta", "LayerNorm.bias"
+    )
+
+
+def _check_said(weights: Weights, said: dict[str, Any]) -> int:
+    """Heads, from Hugging Face's config.json; the rest of it must be what we compute."""
+    wanted = {
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12,
+        "position_embedding_type": "absolute",
+    }
+    for field, value in wanted.items():
+        if said.get(field, value) != value:
+            raise UserError(
+                f"{weights.path.parent}/config.json: {field} is {said[field]!r}; the text encoder "
+                f"computes with {value!r}"
+            )
+    return int(said.get("num_attention_heads", 12))
+
+
+def text_sizes(weights: Weights, theirs: str) -> dict[str, Any]:
+    """The fields of `config.text` that a BERT's tensors determine; keys begin with `theirs`."""
+    vocabulary, width = dimensions(weights, f"{theirs}embeddings.word_embeddings.weight", 2)
+    length = dimensions(weights, f"{theirs}embeddings.position_embeddings.weight", 2)[0]
+    hidden = dimensions(weights, f"{theirs}encoder.layer.0.intermediate.dense.weight", 2)[0]
+    return {
+        "text.vocab_size": vocabulary,
+        "text.width": width,
+        "text.depth": count(weights, f"{theirs}encoder.layer.{{}}."),
+        "text.mlp_ratio": hidden / width,
+        "text.max_length": length,
+    }
 
 
 def encoder_rules(shapes: Mapping[str, Shape], *, theirs: str, cross: bool) -> list[Rule]:

@@ -6,9 +6,13 @@ position tables are fixed sine-cosine codes that no checkpoint holds.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
 
+from instap_jax.errors import UserError
 from instap_jax.interop import bert
 from instap_jax.interop.keys import (
     CONVOLUTION_3D,
@@ -21,6 +25,9 @@ from instap_jax.interop.keys import (
     norm,
     resolve,
 )
+from instap_jax.interop.plan import Plan, assumed, count, dimensions, fit, shapes_of
+from instap_jax.interop.reading import Weights
+from instap_jax.train.objectives import OBJECTIVES
 
 # InstAP's own: the look at the scene of (5), and the temperature of (8).
 OWN = ("cross_attention.", "instance_temperature")
@@ -79,6 +86,70 @@ def vision_rules(theirs: str) -> list[Rule]:
         *linear("heads.heads.linear", f"{decoder}.head"),
         *norm("heads.heads.norm", f"{decoder}.norm"),
     ]
+
+
+def plan(weights: Weights, config: ConfigDict | None) -> Plan:
+    """A UMT checkpoint as a run of stage 'distill' (its stage 1) or 'align' (its stage 2).
+
+    Raises:
+      UserError: neither of them, or it does not fit the configuration.
+    """
+    if weights.has("vision_encoder.encoder."):
+        stage, prefix = "align", "vision_encoder."
+    elif weights.has("encoder.patch_embed."):
+        stage, prefix = "distill", ""
+    else:
+        raise UserError(
+            f"{weights.path}: no UMT pre-training checkpoint: it has neither "
+            "'encoder.patch_embed.proj.weight' (stage 1) nor 'vision_encoder.encoder...' (stage 2)"
+        )
+    sizes = _vision_sizes(weights, prefix)
+    guesses = {"vision.heads": max(sizes["vision.width"] // bert.CHANNELS, 1)}
+    if stage == "align":
+        sizes |= _align_sizes(weights)
+        guesses["text.heads"] = max(sizes["text.width"] // bert.CHANNELS, 1)
+    fitted = fit(config, stage, weights, sizes, guesses)
+    # UMT has no instance terms: instances are then evaluated as those of its baselines are.
+    fitted.align.instance = 0.0
+
+    def create(rngs: nnx.Rngs) -> nnx.Module:
+        return OBJECTIVES[stage].create(fitted, rngs)
+
+    return Plan(
+        kind=f"umt (stage {'2' if stage == 'align' else '1'})",
+        config=fitted,
+        create=create,
+        table=table(stage, shapes_of(create)),
+        draw=True,
+        sizes=sizes,
+        assumed=assumed(fitted, guesses),
+    )
+
+
+def _vision_sizes(weights: Weights, prefix: str) -> dict[str, Any]:
+    kernel = dimensions(weights, f"{prefix}encoder.patch_embed.proj.weight", 5)
+    if kernel[2] != 1:
+        raise UserError(
+            f"{weights.path}: its tubelets are {kernel[2]} frames long; the student's are 1"
+        )
+    hidden = dimensions(weights, f"{prefix}encoder.blocks.0.mlp.fc1.weight", 2)[0]
+    return {
+        "vision.width": kernel[0],
+        "vision.depth": count(weights, f"{prefix}encoder.blocks.{{}}."),
+        "vision.mlp_ratio": hidden / kernel[0],
+        "vision.patch": kernel[-1],
+        "distill.layers": count(weights, f"{prefix}clip_decoder.{{}}."),
+        "teacher.projection": dimensions(weights, f"{prefix}clip_decoder.0.head.weight", 2)[0],
+    }
+
+
+def _align_sizes(weights: Weights) -> dict[str, Any]:
+    sizes = bert.text_sizes(weights, _BODY)
+    layers = range(sizes["text.depth"])
+    fusion = sum(weights.has(f"{_BODY}encoder.layer.{i}.crossattention.") for i in layers)
+    sizes["text.fusion_layers"] = fusion
+    sizes["align.projection"] = dimensions(weights, "vision_proj.weight", 2)[0]
+    return sizes
 
 
 def _blocks(ours: str, theirs: str) -> list[Rule]:

@@ -6,6 +6,8 @@ all of them are complete:
   optimizer  optax state and the step number
   data       position of the input pipeline, JSON
   meta       resolved config, stage, versions, JSON
+The best checkpoint of a run by its validation metric (`train/selection.py`), if it has one, is kept
+beside them, `DIR/checkpoints-best/STEP`, params and meta alone.
 """
 
 import contextlib
@@ -21,6 +23,8 @@ from instap_jax.errors import UserError
 from instap_jax.train.state import TrainState
 
 DIRECTORY = "checkpoints"
+NEWEST, BEST = "newest", "best"  # which checkpoint of a run to read
+_DIRECTORIES = {NEWEST: DIRECTORY, BEST: "checkpoints-best"}
 ITEMS = ("params", "optimizer", "data", "meta")
 
 
@@ -105,21 +109,61 @@ class Checkpointer:
         self._manager.close()
 
 
-def read_meta(workdir: str) -> tuple[int, dict[str, Any]]:
-    """(step, meta) of the newest checkpoint of a run.
+def write_params(workdir: str, params: Any, *, meta: dict[str, Any]) -> None:
+    """Writes parameters alone, as step 0 of `workdir`: what a conversion makes.
+
+    Args:
+      params: State of host arrays.
+      meta: as the loop writes it, and 'converted'.
+    """
+    args = ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta))
+    with (
+        _storage_faults(f"{workdir}: cannot save"),
+        _manager(workdir, ocp.CheckpointManagerOptions()) as manager,
+    ):
+        manager.save(0, args=args)
+        manager.wait_until_finished()
+
+
+def write_best(workdir: str, params: Any, *, step: int, meta: dict[str, Any]) -> None:
+    """Writes the parameters of `step` as the best of the run, in place of the one before."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+    with _storage_faults(f"{workdir}: cannot save the best checkpoint"):
+        with _manager(workdir, options, BEST) as manager:
+            args = ocp.args.Composite(
+                params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta)
+            )
+            manager.save(step, args=args, force=True)
+
+
+def has_best(workdir: str) -> bool:
+    """Whether the run has a best checkpoint."""
+    if not (epath.Path(workdir) / _DIRECTORIES[BEST]).exists():
+        return False
+    with _reader(workdir, BEST) as manager:
+        return manager.latest_step() is not None
+
+
+def read_meta(workdir: str, *, which: str = NEWEST) -> tuple[int, dict[str, Any]]:
+    """(step, meta) of the newest checkpoint of a run, or of its best.
 
     Raises:
       UserError: when there is none.
     """
-    with _reader(workdir) as manager:
+    with _reader(workdir, which) as manager:
         step = _newest(manager, workdir)
-        with _storage_faults(f"{workdir}/{DIRECTORY}/{step} cannot be read"):
+        with _storage_faults(f"{manager.directory}/{step} cannot be read"):
             restored = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
         return step, restored.meta
 
 
 def read_params(
-    workdir: str, abstract: Any, *, select: tuple[str, ...] = (), step: int | None = None
+    workdir: str,
+    abstract: Any,
+    *,
+    select: tuple[str, ...] = (),
+    step: int | None = None,
+    which: str = NEWEST,
 ) -> Any:
     """Parameters of a checkpoint of a run, strictly as `abstract` describes them.
 
@@ -127,13 +171,15 @@ def read_params(
       workdir: of the run that wrote them.
       abstract: State of abstract arrays (shape, dtype, sharding).
       select: path of the sub-module to take; `abstract` then describes that sub-module alone.
-      step: which checkpoint; None: the newest.
+      step: of the checkpoint; None: the newest.
+      which: NEWEST or BEST, where to look for it.
 
     Raises:
       UserError: when there is no checkpoint, or a parameter is missing, left over or misshapen.
     """
-    with _reader(workdir) as manager:
-        path = manager.directory / str(step or _newest(manager, workdir)) / "params"
+    with _reader(workdir, which) as manager:
+        step = _newest(manager, workdir) if step is None else step
+        path = manager.directory / str(step) / "params"
     item: Any = abstract
     for name in reversed(select):
         item = {name: item}
@@ -191,13 +237,13 @@ class StoredParams:
         return leaf
 
 
-def module_names(workdir: str) -> tuple[str, ...]:
-    """Top-level modules of the newest checkpoint of a run.
+def module_names(workdir: str, *, which: str = NEWEST) -> tuple[str, ...]:
+    """Top-level modules of the newest checkpoint of a run, or of its best.
 
     Raises:
       UserError: when there is no checkpoint.
     """
-    with _reader(workdir) as manager:
+    with _reader(workdir, which) as manager:
         path = manager.directory / str(_newest(manager, workdir)) / "params"
     with _storage_faults(f"{path} cannot be read"), _params_reader() as reader:
         return tuple(reader.metadata(path).item_metadata.tree)
@@ -215,17 +261,25 @@ def _storage_faults(what: str):
         raise UserError(f"{what} ({type(error).__name__}: {reason})") from error
 
 
-def _manager(workdir: str, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+def _manager(
+    workdir: str, options: ocp.CheckpointManagerOptions, which: str = NEWEST
+) -> ocp.CheckpointManager:
     path = epath.Path(workdir)
     if "://" not in workdir:
         path = epath.Path(Path(workdir).absolute())
-    return ocp.CheckpointManager(path / DIRECTORY, item_names=ITEMS, options=options)
+    return ocp.CheckpointManager(path / _DIRECTORIES[which], item_names=ITEMS, options=options)
 
 
-def _reader(workdir: str) -> ocp.CheckpointManager:
-    if not (epath.Path(workdir) / DIRECTORY).exists():
-        raise UserError(f"{workdir}: no such run (it has no {DIRECTORY}/ directory)")
-    return _manager(workdir, ocp.CheckpointManagerOptions(read_only=True))
+def _reader(workdir: str, which: str = NEWEST) -> ocp.CheckpointManager:
+    directory = _DIRECTORIES[which]
+    if not (epath.Path(workdir) / directory).exists():
+        if which == BEST:
+            raise UserError(
+                f"{workdir}: no best checkpoint (it has no {directory}/ directory): training keeps "
+                "one where config.evaluation.every is set"
+            )
+        raise UserError(f"{workdir}: no such run (it has no {directory}/ directory)")
+    return _manager(workdir, ocp.CheckpointManagerOptions(read_only=True), which)
 
 
 def _params_reader() -> ocp.Checkpointer:
@@ -235,7 +289,7 @@ def _params_reader() -> ocp.Checkpointer:
 def _newest(manager: ocp.CheckpointManager, workdir: str) -> int:
     step = manager.latest_step()
     if step is None:
-        raise UserError(f"{workdir}/{DIRECTORY}: no complete checkpoint there")
+        raise UserError(f"{manager.directory}: no complete checkpoint there")
     return step
 
 

@@ -1,34 +1,58 @@
-"""Initial parameters from another run: all of them, or the modules that two stages share."""
+"""Initial parameters from elsewhere: another run, whole or the modules that two stages share, and
+BERT weights as `instap convert --from=bert` writes them."""
+
+from typing import Any
 
 import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
 from instap_jax.errors import UserError
-from instap_jax.train import checkpoint
+from instap_jax.train import checkpoint, inputs
 from instap_jax.train.objectives import Objective
 
 
 def initial_params(
     config: ConfigDict, objective: Objective, abstract: nnx.State, fresh: nnx.State
 ) -> nnx.State:
-    """Parameters from the run at `config.checkpoint.init_from`, the rest from `fresh`.
+    """Parameters from `config.checkpoint.init_from` and `config.text.checkpoint`, the rest from
+    `fresh`.
 
     A run of the same stage gives everything, one of a stage in `Objective.starts_from` the modules
-    named there. Strict both ways: a module that is taken fits parameter by parameter, and one
-    that the other run has is taken, or named in `Objective.leaves`. Prints where every module
-    comes from, and what is left.
+    named there; `config.text.checkpoint` gives `text`. Strict both ways: a module that is taken
+    fits parameter by parameter, and one that the other run has is taken. Prints where every module
+    comes from.
 
     Args:
       abstract: of the parameters, with shardings.
       fresh: parameters of this stage as initialised.
 
     Raises:
-      UserError: no run there, one of a stage that gives this one nothing, or one that does not fit.
+      UserError: no run there, one of a stage that gives this one nothing, one that does not fit,
+        or two that both give `text`.
     """
-    source = config.checkpoint.init_from
-    step, meta = checkpoint.read_meta(source)
-    stage = meta["stage"]
+    params = dict(fresh.raw_mapping)  # plain dicts inside: one State inside another is another tree
+    origins: dict[str, str] = {}
+    if source := config.checkpoint.init_from:
+        step, meta = checkpoint.read_meta(source)
+        for name in _modules(config, objective, abstract, source, meta["stage"]):
+            params[name] = _plain(checkpoint.read_params(source, abstract[name], select=(name,)))
+            origins[name] = f"from {source} ({meta['stage']}, step {step})"
+    if source := config.text.checkpoint:
+        if "text" in origins:
+            raise UserError(
+                f"config.text.checkpoint={source} and config.checkpoint.init_from both give 'text'"
+            )
+        params["text"], origins["text"] = _text(config, abstract["text"], fresh["text"])
+    for name in params:
+        print(f"init {name}: {_size(abstract[name])}, {origins.get(name, 'fresh')}")
+    return nnx.State(params)
+
+
+def _modules(
+    config: ConfigDict, objective: Objective, abstract: nnx.State, source: str, stage: str
+) -> tuple[str, ...]:
+    """The modules that a run of `stage` at `source` gives; it must have no others."""
     if stage == config.stage:
         modules = tuple(abstract)
     elif stage in objective.starts_from:
@@ -40,19 +64,40 @@ def initial_params(
             f"stage {config.stage!r} starts from {possible}"
         )
     unused = sorted(set(checkpoint.module_names(source)) - set(modules))
-    lost = [name for name in unused if stage == config.stage or name not in objective.leaves]
-    if lost:
-        raise UserError(f"{source}: stage {config.stage!r} has no place for its {lost[0]!r}")
-    params = dict(fresh.raw_mapping)  # plain dicts inside: one State inside another is another tree
-    for name in modules:
-        read = checkpoint.read_params(source, abstract[name], select=(name,))
-        params[name] = read.raw_mapping if isinstance(read, nnx.State) else read
-    for name in params:
-        origin = f"from {source} ({stage}, step {step})" if name in modules else "fresh"
-        print(f"init {name}: {_size(abstract[name])}, {origin}")
     if unused:
-        print(f"init leaves {', '.join(unused)} of {source}")
-    return nnx.State(params)
+        raise UserError(f"{source}: stage {config.stage!r} has no place for its {unused[0]!r}")
+    return modules
+
+
+def _text(config: ConfigDict, abstract: nnx.State, fresh: nnx.State) -> tuple[Any, str]:
+    """The text encoder of `config.text.checkpoint`, and the words that say where it comes from.
+
+    What the conversion named as not in its source (the cross-attention) stays fresh; everything
+    else must be there.
+    """
+    source = config.text.checkpoint
+    _, meta = checkpoint.read_meta(source)
+    if checkpoint.module_names(source) != ("text",):
+        raise UserError(
+            f"config.text.checkpoint={source} is no text encoder: `instap convert --from=bert` "
+            "makes one; a run is taken by config.checkpoint.init_from"
+        )
+    inputs.check_tokenizer(config, meta, source)
+    left = {tuple(name.split(".")[1:]) for name in meta["fresh"]}
+    places = dict(nnx.to_flat_state(abstract))
+    wanted = {place: leaf for place, leaf in places.items() if place not in left}
+    read = checkpoint.read_params(source, nnx.from_flat_state(wanted), select=("text",))
+    merged = dict(nnx.to_flat_state(fresh)) | dict(nnx.to_flat_state(nnx.State(_plain(read))))
+    count = f", {len(left)} arrays that it has not fresh" if left else ""
+    return nnx.from_flat_state(merged).raw_mapping, f"from {source} ({_kind(meta)}){count}"
+
+
+def _kind(meta: dict[str, Any]) -> str:
+    return meta["converted"]["kind"]
+
+
+def _plain(module: Any) -> Any:
+    return module.raw_mapping if isinstance(module, nnx.State) else module
 
 
 def _size(module) -> str:

@@ -2,7 +2,8 @@
 
 Where the parameters come from, in this order:
   1. the newest checkpoint of the workdir, if it has one (same config, checked): the run goes on;
-  2. `config.checkpoint.init_from`, another run's workdir: the parameters that it has, step 0;
+  2. `config.checkpoint.init_from`, another run's workdir, and `config.text.checkpoint`, converted
+     BERT weights: the parameters that they have, step 0;
   3. fresh, from the seed.
 The frozen teacher always comes from `config.teacher.checkpoint`.
 """
@@ -202,10 +203,15 @@ class _Clock:
 def _start(config, workdir: Path, program: Program, checkpointer) -> tuple[TrainState, dict | None]:
     if checkpointer.latest_step() is not None:
         _, meta = checkpoint.read_meta(str(workdir))
+        if "converted" in meta:
+            raise UserError(
+                f"{workdir} holds converted weights, not a run to go on with: train in another "
+                "--workdir, with --config.checkpoint.init_from naming this one"
+            )
         inputs.check_same(config, meta, str(workdir))
         return checkpointer.restore(program.abstract)
     state = program.init()
-    if config.checkpoint.init_from:
+    if config.checkpoint.init_from or config.text.checkpoint:
         params = initial_params(config, program.objective, program.abstract.params, state.params)
         state = dataclasses.replace(state, params=params)
     return state, None
@@ -217,7 +223,7 @@ def _load_frozen(config: ConfigDict, program: Program) -> nnx.State:
     if not config.teacher.checkpoint:
         raise UserError(
             f"stage {config.stage!r} needs a teacher: set config.teacher.checkpoint to the "
-            "workdir of a 'teacher' run"
+            "workdir of a 'teacher' run, or to what `instap convert --from=clip` wrote"
         )
     return checkpoint.read_params(
         config.teacher.checkpoint,
