@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from instap_jax.config import default
 from instap_jax.data import media, pipeline
-from instap_jax.data.captions import split_sentences, text_hash
+from instap_jax.data.captions import sentence_for_epoch, split_sentences, text_hash
 from instap_jax.data.groups import fitting_size
 from instap_jax.data.pipeline import Corpus, FaultMonitor, evaluation_groups, parse_corpora
 from instap_jax.data.records import CorruptRecordError, open_source
@@ -198,13 +198,13 @@ def test_captions_cycle_by_the_epoch_of_their_own_corpus(config, corpus):
             epoch = seen[sample]
             seen[sample] += 1
             record = sources[sample[0]][sample[1]]
-            sentences = split_sentences(record.captions[0])
-            assert len(sentences) == 3
-            assert batch["text_hash"][place] == text_hash(sentences[epoch % 3])
+            assert len(split_sentences(record.captions[0])) == 3
+            expected = text_hash(sentence_for_epoch(record.captions, epoch))
+            assert batch["text_hash"][place] == expected
             assert batch["media_hash"][place] == text_hash(f"{sample[0]}/{record.id}")
             for slot in np.flatnonzero(batch["instance_valid"][place[0]]):
                 if batch["parent"][place[0], slot] == place[1]:
-                    texts = [split_sentences(c[0])[epoch % 3] for c in record.instance_captions]
+                    texts = [sentence_for_epoch(c, epoch) for c in record.instance_captions]
                     hashes = [text_hash(text) for text in texts]
                     assert batch["instance_text_hash"][place[0], slot] in hashes
     assert sum(n for (c, _), n in seen.items() if c == 1) == 90  # by weight

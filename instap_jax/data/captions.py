@@ -64,10 +64,13 @@ def sentence_for_epoch(captions: Sequence[str], epoch: int) -> str:
     """Returns the one sentence of the caption(s) that `epoch` uses; '' where there is none.
 
     "Caption sub-sampling" (PAPER 2): one sentence each epoch, cycling, so that n epochs in a row
-    show each of the n sentences exactly once.
+    show each of the n sentences exactly once. Each caption starts the cycle at a place of its own,
+    given by its text: captions are written to a pattern (the look first, then what it does), and
+    were all to turn to their second sentence with the epoch, training would lose what it learned
+    of the first.
     """
-    sentences = _sentences(tuple(captions))
-    return sentences[epoch % len(sentences)] if sentences else ""
+    sentences, start = _sentences(tuple(captions))
+    return sentences[(start + epoch) % len(sentences)] if sentences else ""
 
 
 def names_side(text: str) -> bool:
@@ -87,8 +90,10 @@ def text_hash(text: str) -> int:
 # The captions of a sample come by once an epoch, but those of its instances with them, and small
 # corpora repeat fast: splitting is the costliest text step.
 @functools.lru_cache(maxsize=65536)
-def _sentences(captions: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(sentence for text in captions for sentence in split_sentences(text))
+def _sentences(captions: tuple[str, ...]) -> tuple[tuple[str, ...], int]:
+    """All sentences, and the place in the cycle that they start at."""
+    sentences = tuple(sentence for text in captions for sentence in split_sentences(text))
+    return sentences, text_hash("\n".join(captions))
 
 
 def _ends_sentence(text: str, start: int, match: re.Match) -> bool:
