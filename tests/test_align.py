@@ -11,8 +11,6 @@ from tiny import tiny_config
 
 from instap_jax.errors import UserError
 from instap_jax.evaluation import features
-from instap_jax.models import boxes
-from instap_jax.models.vision import position_codes
 from instap_jax.train import flops
 from instap_jax.train.checkpoint import Checkpointer
 from instap_jax.train.initialise import initial_params
@@ -270,6 +268,9 @@ def test_terms_of_weight_zero_cost_nothing():
 def test_options_together(frames):
     changes = {
         "align.scene_anchor": True,
+        "align.size_code": True,
+        "align.motion_code": frames == 2,
+        "align.crop_context": 1.5,
         "align.still_boxes": True,
         "align.crop_mask_ratio": 0.5,
         "align.cross_attention": frames == 1,
@@ -291,46 +292,6 @@ def test_instances_have_their_own_temperature_or_share_tau(own):
     model = nnx.merge(graphdef, state)
     assert model.instance_tau() == pytest.approx(0.3 if own else 0.2)
     assert model.tau() == pytest.approx(0.2)
-
-
-def test_still_box_is_that_of_the_middle_present_frame():
-    every = np.arange(5, dtype=np.float32)[None, :, None] * np.ones((4, 1, 4), np.float32)
-    present = np.array([[0, 1, 1, 1, 0], [1, 0, 0, 1, 1], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]], bool)
-    held, shown = boxes.hold_still(jnp.asarray(every), jnp.asarray(present))
-    np.testing.assert_array_equal(held[:3, :, 0], [[2] * 5, [3] * 5, [4] * 5])
-    np.testing.assert_array_equal(shown.all(1), [True, True, True, False])
-    assert not shown[3].any()
-
-
-def test_scene_codes_interpolate_the_encoders_table():
-    rng = np.random.default_rng(0)
-    side, crop, width, frames = 4, 3, 8, 2
-    low = rng.uniform(-0.3, 0.5, (1, 5, frames, 2))
-    box = np.concatenate([low, low + rng.uniform(0.2, 0.9, low.shape)], -1).astype(np.float32)
-    codes = boxes.scene_codes(jnp.asarray(box), crop_side=crop, scene_side=side, width=width)
-    table = np.asarray(position_codes(frames, side**2, width)).reshape(frames, side, side, width)
-    for n, t, i, j in np.ndindex(5, frames, crop, crop):
-        x0, y0, x1, y1 = np.float64(box[0, n, t])
-        y = np.clip((y0 + (i + 0.5) / crop * (y1 - y0)) * side - 0.5, 0, side - 1)
-        x = np.clip((x0 + (j + 0.5) / crop * (x1 - x0)) * side - 0.5, 0, side - 1)
-        r, c = min(int(y), side - 2), min(int(x), side - 2)
-        fy, fx = y - r, x - c
-        top = table[t, r, c] * (1 - fx) + table[t, r, c + 1] * fx
-        bottom = table[t, r + 1, c] * (1 - fx) + table[t, r + 1, c + 1] * fx
-        expected = top * (1 - fy) + bottom * fy
-        np.testing.assert_allclose(codes[0, n, (t * crop + i) * crop + j], expected, atol=1e-5)
-    whole = jnp.asarray([[[[0.0, 0, 1, 1]] * frames]])
-    codes = boxes.scene_codes(whole, crop_side=side, scene_side=side, width=width)
-    np.testing.assert_allclose(codes[0, 0], table.reshape(-1, width), atol=1e-6)
-
-
-def test_boxes_in_a_view():
-    box = jnp.asarray([[[0.5, 0.25, 0.75, 0.5]]])
-    view = jnp.asarray([[0.5, 0.0, 1.0, 0.5]])
-    plain = boxes.to_view(box, view, jnp.asarray([False]))
-    np.testing.assert_allclose(plain[0, 0], [0, 0.5, 0.5, 1], atol=1e-6)
-    flipped = boxes.to_view(box, view, jnp.asarray([True]))
-    np.testing.assert_allclose(flipped[0, 0], [0.5, 0.5, 1, 1], atol=1e-6)
 
 
 @pytest.mark.parametrize(

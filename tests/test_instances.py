@@ -82,7 +82,7 @@ def block64(parameters, crop, scene, scene_mask):
 def make_module(depth=2, dtype="float32"):
     return reference.fill(
         lambda: instances.InstanceCrossAttention(
-            WIDTH, HEADS, depth=depth, dtype=dtype, remat="none", rngs=nnx.Rngs(0)
+            WIDTH, HEADS, depth=depth, scale=1.0, dtype=dtype, remat="none", rngs=nnx.Rngs(0)
         )
     )
 
@@ -143,3 +143,13 @@ def test_unused_slots_give_finite_gradients():
 
     graphdef, state = nnx.split(make_module())
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(jax.grad(loss)(state)))
+
+
+def test_output_projection_starts_as_small_as_asked():
+    def kernel(scale):
+        module = instances.InstanceCrossAttention(
+            WIDTH, HEADS, depth=1, scale=scale, dtype="float32", remat="none", rngs=nnx.Rngs(0)
+        )
+        return module.blocks.attention.out.kernel[...]
+
+    np.testing.assert_allclose(kernel(0.1), 0.1 * kernel(1.0), rtol=1e-6)

@@ -12,6 +12,8 @@ from instap_jax.models.vision import position_codes
 
 Array = jax.Array
 
+OCTAVES = 4  # of the waves that describe sizes and motion
+
 
 def hold_still(boxes: Array, present: Array) -> tuple[Array, Array]:
     """The box of the middle frame in which the instance is present, held for all frames.
@@ -45,6 +47,46 @@ def to_view(boxes: Array, view: Array, flip: Array) -> Array:
     )
     flip = flip[..., None]
     return jnp.stack([jnp.where(flip, 1 - x1, x0), y0, jnp.where(flip, 1 - x0, x1), y1], axis=-1)
+
+
+def enlarge(boxes: Array, factor: float) -> Array:
+    """Boxes [..., 4] made `factor` times as wide and high about their centres."""
+    centre = (boxes[..., :2] + boxes[..., 2:]) / 2
+    half = (boxes[..., 2:] - boxes[..., :2]) * (factor / 2)
+    return jnp.concatenate([centre - half, centre + half], axis=-1)
+
+
+def size_features(boxes: Array) -> Array:
+    """Sines and cosines of the width and height of boxes [..., 4], on a logarithmic scale.
+
+    Returns:
+      float32 [..., 4 * OCTAVES]; a box of 1/64 of the view (or less) is half a period of the
+      slowest away from one as large as the view.
+    """
+    size = jnp.clip(boxes[..., 2:] - boxes[..., :2], 1 / 64, 1.0)
+    return _waves(jnp.log2(size) / 6)
+
+
+def motion_features(boxes: Array, present: Array) -> Array:
+    """Sines and cosines of how far a box has moved since the instance appeared.
+
+    Args:
+      boxes: [..., t, 4], fractions of the view. present: bool [..., t].
+
+    Returns:
+      float32 [..., t, 4 * OCTAVES]; moving across the whole view is half a period of the slowest.
+      Zeros count as no motion: a still instance, and every one in its first frame.
+    """
+    centre = (boxes[..., :2] + boxes[..., 2:]) / 2
+    first = jnp.argmax(present, axis=-1)[..., None, None]
+    return _waves(centre - jnp.take_along_axis(centre, first, axis=-2))
+
+
+def _waves(x: Array) -> Array:
+    """[..., k] -> [..., k * 2 * OCTAVES]: sin and cos of pi x, 2 pi x, 4 pi x ..."""
+    angle = x[..., None] * (jnp.pi * 2.0 ** jnp.arange(OCTAVES))
+    waves = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+    return waves.reshape((*x.shape[:-1], -1))
 
 
 def patch_cover(boxes: Array, side: int) -> Array:

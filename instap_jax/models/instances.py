@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from instap_jax.models.layers import CrossAttention, LayerNorm, scan_blocks, stack
+from instap_jax.models import boxes as box
+from instap_jax.models.layers import CrossAttention, LayerNorm, Linear, scan_blocks, stack
 from instap_jax.models.preprocess import crop_and_resize
 from instap_jax.models.vision import NORM_EPSILON
 
@@ -84,19 +85,58 @@ class InstanceOutput:
     pooled: Array
 
 
+class BoxCodes(nnx.Module):
+    """Learned codes of an instance's box in its scene, beyond the paper (`align.size_code`,
+    `align.motion_code`): what a crop resized to one size cannot show. Zero at the start.
+
+    Args:
+      width: d.
+      size, motion: which of the two; at least one.
+    """
+
+    def __init__(self, width: int, *, size: bool, motion: bool, dtype: Any, rngs: nnx.Rngs):
+        self.size, self.motion = size, motion
+        self.projection = Linear(
+            4 * box.OCTAVES * (size + motion),
+            width,
+            axes=(None, "embed"),
+            init=jax.nn.initializers.zeros,
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, boxes: Array, present: Array) -> Array:
+        """boxes [g, n, t, 4] as fractions of the view, present [g, n, t] -> [g, n, t, d]."""
+        features = []
+        if self.size:
+            features.append(box.size_features(boxes))
+        if self.motion:
+            features.append(box.motion_features(boxes, present))
+        return self.projection(jnp.concatenate(features, axis=-1))
+
+
 class InstanceCrossAttention(nnx.Module):
     """Equations (5) and (6): crop tokens look at their whole scene. W_v of (7) is the assembly's.
 
     Args:
       width: d, of crop and scene tokens.
       depth: blocks in a row (the paper: one).
+      scale: of the attention's output projection at its start (`align.cross_attention_scale`).
     """
 
     def __init__(
-        self, width: int, heads: int, *, depth: int, dtype: Any, remat: str, rngs: nnx.Rngs
+        self,
+        width: int,
+        heads: int,
+        *,
+        depth: int,
+        scale: float,
+        dtype: Any,
+        remat: str,
+        rngs: nnx.Rngs,
     ):
         def create(rngs: nnx.Rngs) -> SceneBlock:
-            return SceneBlock(width, heads, dtype=dtype, rngs=rngs)
+            return SceneBlock(width, heads, scale=scale, dtype=dtype, rngs=rngs)
 
         self.blocks = stack(create, depth, rngs)
         self.dtype = dtype
@@ -130,10 +170,12 @@ class InstanceCrossAttention(nnx.Module):
 class SceneBlock(nnx.Module):
     """C + attention(query norm(C), key and value norm(V)): pre-norm, with residual, no MLP."""
 
-    def __init__(self, width: int, heads: int, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, *, scale: float, dtype: Any, rngs: nnx.Rngs):
         self.norm = LayerNorm(width, eps=NORM_EPSILON, dtype=dtype)
         self.scene_norm = LayerNorm(width, eps=NORM_EPSILON, dtype=dtype)
-        self.attention = CrossAttention(width, width, heads, dtype=dtype, rngs=rngs)
+        self.attention = CrossAttention(
+            width, width, heads, dtype=dtype, rngs=rngs, out_scale=scale
+        )
 
     def __call__(
         self, crops: Array, scenes: Array, parent: Array, *, mask: Array | None = None

@@ -4,7 +4,8 @@ UMT's weights map one to one (`multi_modality/models/umt.py`): `encoder` vision_
 `heads` vision_encoder.clip_decoder, `pool_norm` vision_encoder.pool_norm, `vision_projection`
 vision_proj, `text` text_encoder, `text_projection` text_proj, `match_head` itm_head, `temperature`
 temp. `cross_attention` and `instance_temperature` are InstAP's own. Every module is there whatever
-the weights of the losses, so that any run of the stage can go on from any other.
+the weights of the losses, so that any run of the stage can go on from any other; only `box_codes`
+and the two `contrastive_bias`, beyond the paper, are there where the configuration asks for them.
 
 Axis letters: g groups, b samples of a group, n instances of a group, t frames, l crop tokens,
 m scene tokens, d width, p shared embedding width.
@@ -19,7 +20,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from instap_jax.models.distillation import DistillationHeads
-from instap_jax.models.instances import InstanceCrossAttention, masked_mean
+from instap_jax.models.instances import BoxCodes, InstanceCrossAttention, masked_mean
 from instap_jax.models.layers import LayerNorm, Linear, clamp
 from instap_jax.models.text import MatchHead, TextEncoder
 from instap_jax.models.vision import NORM_EPSILON, VisionEncoder, position_codes
@@ -73,12 +74,25 @@ class InstAP(nnx.Module):
         self.text_projection = projection(config.text.width)
         self.match_head = MatchHead(config.text.width, dtype=dtype, rngs=rngs)
         self.cross_attention = InstanceCrossAttention(
-            width, align.cross_attention_heads, depth=align.cross_attention_depth, **options
+            width,
+            align.cross_attention_heads,
+            depth=align.cross_attention_depth,
+            scale=align.cross_attention_scale,
+            **options,
         )
+        if align.size_code or align.motion_code:
+            self.box_codes = BoxCodes(
+                width, size=align.size_code, motion=align.motion_code, dtype=dtype, rngs=rngs
+            )
         self.temperature = temperature()
         self.instance_temperature = temperature()
         self.temperature_range = tuple(config.contrastive.temperature_range)
         self.own_temperature = align.own_temperature
+        self.sigmoid = config.contrastive.loss == "sigmoid"
+        if self.sigmoid:
+            start = jnp.float32(config.contrastive.bias)
+            self.contrastive_bias = nnx.Param(start, logical_axes=())
+            self.instance_contrastive_bias = nnx.Param(start, logical_axes=())
         self.contextual = align.cross_attention
 
     def predict_teacher(
@@ -112,6 +126,16 @@ class InstAP(nnx.Module):
             return self.tau()
         return clamp(self.instance_temperature[...], *self.temperature_range)
 
+    def bias(self) -> Array | None:
+        """The bias of (2) as a sigmoid loss, float32 scalar; None with InfoNCE."""
+        return self.contrastive_bias[...] if self.sigmoid else None
+
+    def instance_bias(self) -> Array | None:
+        """The bias of (8), which like its temperature is its own or that of (2)."""
+        if not self.sigmoid or not self.own_temperature:
+            return self.bias()
+        return self.instance_contrastive_bias[...]
+
     def encode_instances(
         self,
         crops: Array,
@@ -130,7 +154,8 @@ class InstAP(nnx.Module):
           mask: bool [g, n, l], of the visible tokens those to attend to and to pool.
           scenes: [g, b, m, d], the encoder's tokens of whole samples. parent: int32 [g, n].
           visible: int32 [g, n, l], crop tokens to encode; None: all.
-          codes: float32 [g, n, l, d], scene position codes of these tokens (`scene_codes`).
+          codes: [g, n, l, d], added to the tokens before (5), beyond the paper: where they lie in
+            the scene (`boxes.scene_codes`), and `BoxCodes`.
           key: for stochastic depth; None runs deterministically.
         """
         groups, count = crops.shape[:2]

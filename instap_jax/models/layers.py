@@ -208,15 +208,34 @@ class Attention(nnx.Module):
 
 
 class CrossAttention(nnx.Module):
-    """Multi-head attention from x to a context of another width; full bias."""
+    """Multi-head attention from x to a context of another width; full bias.
 
-    def __init__(self, width: int, context_width: int, heads: int, *, dtype: Any, rngs: nnx.Rngs):
+    `out_scale`: of the output projection's initial kernel.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        context_width: int,
+        heads: int,
+        *,
+        dtype: Any,
+        rngs: nnx.Rngs,
+        out_scale: float = 1.0,
+    ):
         channels = _head_channels(width, heads)
         self.query = _projection(rngs.params(), width, 1, heads, channels)
         self.query_bias = _projection_bias(1, heads, channels)
         self.key_value = _projection(rngs.params(), context_width, 2, heads, channels)
         self.key_value_bias = _projection_bias(2, heads, channels)
-        self.out = Linear(width, width, axes=("heads", "embed"), dtype=dtype, rngs=rngs)
+        self.out = Linear(
+            width,
+            width,
+            axes=("heads", "embed"),
+            init=lambda *of: out_scale * xavier_uniform(*of),
+            dtype=dtype,
+            rngs=rngs,
+        )
         self.dtype = dtype
 
     def __call__(

@@ -36,17 +36,17 @@ def see_instances(
     boxes, present = batch["boxes"], batch["present"]
     if align.still_boxes:
         boxes, present = box.hold_still(boxes, present)
+    boxes = box.enlarge(boxes, align.crop_context)
     crops = instance_crops(
         batch["frames"], batch["extent"], boxes, batch["parent"], size, flip=view.flip
     )
     mask = token_mask(present, (size // patch) ** 2)
-    visible = codes = None
+    codes = _codes(config, model, boxes, present, batch["parent"], view, size // patch)
+    visible = None
     if mask_ratio:
         visible = _random_visible(mask_key, mask.shape, crops.shape[2], mask_ratio)
         mask = jnp.take_along_axis(mask, visible, axis=-1)
-    if align.scene_anchor:
-        codes = _anchors(config, boxes, batch["parent"], view, size // patch)
-        if visible is not None:
+        if codes is not None:
             codes = jnp.take_along_axis(codes, visible[..., None], axis=-2)
     return model.encode_instances(
         preprocess.normalise(crops, preprocess.IMAGENET),
@@ -72,14 +72,24 @@ def _random_visible(key: jax.Array, shape: tuple[int, ...], frames: int, ratio: 
     return visible.reshape((groups, count, -1))
 
 
-def _anchors(config, boxes: jax.Array, parent: jax.Array, view: View, crop_side: int) -> jax.Array:
+def _codes(
+    config: ConfigDict, model: InstAP, boxes, present, parent, view: View, crop_side: int
+) -> jax.Array | None:
+    """What crop tokens carry of their place, size and motion in the scene, [g, n, l, d], or None.
+
+    By the boxes as the scene branch's view shows them, which is what (5) attends to.
+    """
+    align, codes = config.align, []
     shown, flip = gather_in_group((view.boxes, view.flip), parent)
-    return box.scene_codes(
-        box.to_view(boxes, shown, flip),
-        crop_side=crop_side,
-        scene_side=config.vision.image_size // config.vision.patch,
-        width=config.vision.width,
-    )
+    boxes = box.to_view(boxes, shown, flip)
+    if align.scene_anchor:
+        side = config.vision.image_size // config.vision.patch
+        codes.append(
+            box.scene_codes(boxes, crop_side=crop_side, scene_side=side, width=config.vision.width)
+        )
+    if align.size_code or align.motion_code:
+        codes.append(jnp.repeat(model.box_codes(boxes, present), crop_side**2, axis=-2))
+    return sum(codes) if codes else None
 
 
 def gather_in_group(tree, index: jax.Array):
