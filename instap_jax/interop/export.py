@@ -39,17 +39,20 @@ FORWARD = {
     "text": ("vocab_size", "width", "depth", "fusion_layers", "heads", "mlp_ratio", "max_length"),
     "align": (
         "projection", "own_temperature", "crop_size", "still_boxes", "cross_attention",
-        "cross_attention_depth", "cross_attention_heads", "scene_anchor",
+        "cross_attention_depth", "cross_attention_heads", "scene_anchor", "crop_context",
+        "size_code", "motion_code",
     ),
+    "contrastive": ("loss", "temperature_range"),
 }  # fmt: skip
 TRAINING = {
     "vision": ("drop_path",),
-    "text": ("dropout",),
+    "text": ("dropout", "checkpoint"),
     "align": (
         "rec", "vtc", "vtm", "mlm", "instance", "inst_vtc", "inst_vtm", "inst_mlm",
         "mask_ratio_video", "mask_ratio_image", "mlm_ratio", "alpha", "crop_mask_ratio",
-        "global_instances",
+        "global_instances", "cross_attention_scale",
     ),
+    "contrastive": ("temperature", "bias"),
 }  # fmt: skip
 
 
@@ -131,7 +134,6 @@ def describe(config: ConfigDict, step: int) -> dict:
         "distill": {"layers": config.distill.layers},
         "teacher": {"projection": config.teacher.projection},
         "tokenizer": tokenizer,
-        "temperature_range": list(config.contrastive.temperature_range),
         "preprocessing": {
             "mean": list(mean),
             "std": list(deviation),

@@ -21,15 +21,15 @@ def table(shapes: Mapping[str, Shape]) -> Table:
     Args:
       shapes: of the model's parameters, by dotted path (`keys.leaves`).
     """
-    return resolve([*umt.align_rules(shapes), *own_rules()], shapes)
+    return resolve([*umt.align_rules(shapes), *own_rules(shapes)], shapes)
 
 
-def own_rules() -> list[Rule]:
-    """What `umt.OWN` names."""
+def own_rules(shapes: Mapping[str, Shape]) -> list[Rule]:
+    """What `umt.OWN` names, as far as the model has it."""
     blocks = "cross_attention.blocks"
     theirs = "cross_attention.blocks.{}"
     attention = f"{theirs}.attention"
-    return [
+    rules = [
         *norm(f"{blocks}.norm", f"{theirs}.norm"),
         *norm(f"{blocks}.scene_norm", f"{theirs}.scene_norm"),
         Rule(f"{blocks}.attention.query", (f"{attention}.query.weight",), HEADS),
@@ -46,4 +46,8 @@ def own_rules() -> list[Rule]:
         ),
         *linear(f"{blocks}.attention.out", f"{attention}.out"),
         Rule("instance_temperature", ("instance_temp",)),
+        *linear("box_codes.projection", "box_codes.projection"),
+        Rule("contrastive_bias", ("contrastive_bias",)),
+        Rule("instance_contrastive_bias", ("instance_contrastive_bias",)),
     ]
+    return [rule for rule in rules if rule.ours in shapes]

@@ -31,6 +31,7 @@ FORMAT = "instap-torch-1"
 VISION_EPSILON = 1e-6  # of LayerNorm (UMT)
 TEXT_EPSILON = 1e-12  # of LayerNorm (BERT)
 PAD_ID = 0
+OCTAVES = 4  # of the waves that describe sizes and motion
 
 
 def attend(q, k, v, heads, mask=None):
@@ -56,9 +57,6 @@ class QueryKeyValue(nn.Module):
         return attend(self.query(x), self.key(context), self.value(context), self.heads, mask)
 
 
-# --- vision -------------------------------------------------------------------------------------
-
-
 class VisionAttention(nn.Module):
     """Self-attention without a key bias."""
 
@@ -75,16 +73,6 @@ class VisionAttention(nn.Module):
         return self.proj(attend(q + self.q_bias, k, v + self.v_bias, self.heads, mask))
 
 
-class Mlp(nn.Module):
-    def __init__(self, width, hidden):
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x):
-        return self.fc2(functional.gelu(self.fc1(x)))
-
-
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
@@ -93,11 +81,12 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=VISION_EPSILON)
         self.attn = VisionAttention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=VISION_EPSILON)
-        self.mlp = Mlp(width, hidden)
+        maps = {"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)}
+        self.mlp = nn.ModuleDict(maps)
 
     def forward(self, x, mask=None):
         x = x + self.attn(self.norm1(x), mask)
-        return x + self.mlp(self.norm2(x))
+        return x + self.mlp["fc2"](functional.gelu(self.mlp["fc1"](self.norm2(x))))
 
 
 class PatchEmbed(nn.Module):
@@ -170,9 +159,6 @@ def position_codes(tokens, width, device=None):
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).float().to(device)
 
 
-# --- instances ----------------------------------------------------------------------------------
-
-
 class CrossAttention(QueryKeyValue):
     def __init__(self, width, heads):
         super().__init__(width, width, heads)
@@ -197,17 +183,6 @@ class SceneBlock(nn.Module):
         return crops + self.attention(self.norm(crops), context)
 
 
-class InstanceCrossAttention(nn.Module):
-    def __init__(self, width, heads, depth):
-        super().__init__()
-        self.blocks = nn.ModuleList(SceneBlock(width, heads) for _ in range(depth))
-
-    def forward(self, crops, scene):
-        for block in self.blocks:
-            crops = block(crops, scene)
-        return crops
-
-
 def masked_mean(tokens, mask):
     """tokens [n, l, d], mask bool [n, l] -> [n, d]; zeros where the mask names none."""
     total = torch.where(mask[..., None], tokens, 0).sum(1)
@@ -220,6 +195,29 @@ def hold_still(boxes, present):
     middle = (present.cumsum(1) >= (count + 1) // 2).int().argmax(1)
     box = boxes[torch.arange(len(boxes), device=boxes.device), middle]
     return box[:, None].expand_as(boxes), (count > 0).expand_as(present)
+
+
+def enlarge(boxes, factor):
+    """Boxes [..., 4] `factor` times as wide and high about their centres."""
+    centre, half = (boxes[..., :2] + boxes[..., 2:]) / 2, (boxes[..., 2:] - boxes[..., :2]) / 2
+    return torch.cat([centre - half * factor, centre + half * factor], dim=-1)
+
+
+def size_features(boxes):
+    """Waves of the logarithm of width and height: [n, T, 4] -> [n, T, 4 OCTAVES]."""
+    return _waves((boxes[..., 2:] - boxes[..., :2]).clamp(1 / 64, 1).log2() / 6)
+
+
+def motion_features(boxes, present):
+    """Waves of how far a box has moved since the instance appeared: [n, T, 4 OCTAVES]."""
+    centre = (boxes[..., :2] + boxes[..., 2:]) / 2
+    first = present.int().argmax(1)
+    return _waves(centre - centre[torch.arange(len(centre)), first][:, None])
+
+
+def _waves(x):
+    angle = x[..., None] * (torch.pi * 2.0 ** torch.arange(OCTAVES, device=x.device))
+    return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2)
 
 
 def scene_codes(boxes, crop_side, scene_side, width):
@@ -238,9 +236,6 @@ def scene_codes(boxes, crop_side, scene_side, width):
     rows, columns = weights(boxes[..., 1], boxes[..., 3]), weights(boxes[..., 0], boxes[..., 2])
     codes = torch.einsum("ntir,trcd->nticd", rows, table)
     return torch.einsum("ntjc,nticd->ntijd", columns, codes).reshape(n, -1, width)
-
-
-# --- text ---------------------------------------------------------------------------------------
 
 
 class AddNorm(nn.Module):
@@ -377,9 +372,6 @@ class Tokenizer:
         return out
 
 
-# --- pictures -----------------------------------------------------------------------------------
-
-
 def crop_and_resize(frames, boxes, size):
     """Cuts one box out of every frame, resized to size x size, antialiased bilinear.
 
@@ -411,9 +403,6 @@ def _resize_weights(low, high, pixels, size):
     return weights / weights.sum(-1, keepdim=True)
 
 
-# --- the whole ----------------------------------------------------------------------------------
-
-
 class InstAP(nn.Module):
     """The model of stage 2. Parameters float32; `.to(torch.bfloat16)` or a device as usual.
 
@@ -433,11 +422,17 @@ class InstAP(nn.Module):
         self.vision_proj = nn.Linear(vision["width"], align["projection"])
         self.text_proj = nn.Linear(text["width"], align["projection"])
         self.itm_head = nn.Linear(text["width"], 2)
-        self.temp = nn.Parameter(torch.zeros(()))
-        self.instance_temp = nn.Parameter(torch.zeros(()))
-        self.cross_attention = InstanceCrossAttention(
-            vision["width"], align["cross_attention_heads"], align["cross_attention_depth"]
-        )
+        scalars = ["temp", "instance_temp"]
+        if config["contrastive"]["loss"] == "sigmoid":
+            scalars += ["contrastive_bias", "instance_contrastive_bias"]
+        for name in scalars:
+            setattr(self, name, nn.Parameter(torch.zeros(())))
+        if codes := align["size_code"] + align["motion_code"]:
+            projection = nn.Linear(4 * OCTAVES * codes, vision["width"])
+            self.box_codes = nn.ModuleDict({"projection": projection})
+        width, heads = vision["width"], align["cross_attention_heads"]
+        blocks = [SceneBlock(width, heads) for _ in range(align["cross_attention_depth"])]
+        self.cross_attention = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
 
     @classmethod
     def from_pretrained(cls, path):
@@ -536,7 +531,7 @@ class InstAP(nn.Module):
 
     def temperatures(self):
         """(tau of whole clips, tau of instances), within their range."""
-        low, high = self.config["temperature_range"]
+        low, high = self.config["contrastive"]["temperature_range"]
         own = self.instance_temp if self.config["align"]["own_temperature"] else self.temp
         return self.temp.clamp(low, high), own.clamp(low, high)
 
@@ -566,6 +561,7 @@ class InstAP(nn.Module):
         size = align["crop_size"]
         if align["still_boxes"]:
             boxes, present = hold_still(boxes, present)
+        boxes = enlarge(boxes, align["crop_context"])
         if not len(boxes):
             return (scene.new_zeros(0, vision["width"]),) * 2
         crops = torch.stack([crop_and_resize(clip, b, size) for b in boxes])
@@ -577,8 +573,13 @@ class InstAP(nn.Module):
             scene_side = vision["image_size"] // vision["patch"]
             codes = scene_codes(boxes, side, scene_side, vision["width"])
             tokens = tokens + codes.to(tokens.dtype)
-        if align["cross_attention"]:
-            tokens = self.cross_attention(tokens, scene)
+        features = [size_features(boxes)] * align["size_code"]
+        features += [motion_features(boxes, present)] * align["motion_code"]
+        if features:
+            codes = self.box_codes["projection"](torch.cat(features, dim=-1).to(tokens.dtype))
+            tokens = tokens + codes.repeat_interleave(side**2, dim=1)
+        for block in self.cross_attention["blocks"] if align["cross_attention"] else ():
+            tokens = block(tokens, scene)
         pooled = masked_mean(tokens, mask)
         return (pooled if align["instance_embedding"] == "contextual" else crop), crop
 

@@ -29,8 +29,15 @@ from instap_jax.interop.plan import Plan, assumed, count, dimensions, fit, shape
 from instap_jax.interop.reading import Weights
 from instap_jax.train.objectives import OBJECTIVES
 
-# InstAP's own: the look at the scene of (5), and the temperature of (8).
-OWN = ("cross_attention.", "instance_temperature")
+# InstAP's own: the look at the scene of (5), the temperature of (8), and what options beyond the
+# paper add.
+OWN = (
+    "cross_attention.",
+    "instance_temperature",
+    "box_codes.",
+    "contrastive_bias",
+    "instance_contrastive_bias",
+)
 _BODY, _HEAD = "text_encoder.bert.", "text_encoder.cls."
 IGNORED = {"clip_teacher.": "the frozen teacher, which stands in its own checkpoint"}
 
