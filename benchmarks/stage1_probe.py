@@ -21,7 +21,8 @@ from ml_collections import ConfigDict
 
 from instap_jax import config_check, sharding
 from instap_jax.data.pipeline import Corpus
-from instap_jax.evaluation.features import embed_suite, load_encoder
+from instap_jax.evaluation.encoder import load_encoder
+from instap_jax.evaluation.features import embed_suite
 from instap_jax.evaluation.probe_task import measure_probes
 from instap_jax.train.loop import train
 from instap_jax.train.metrics import read_metrics

@@ -9,6 +9,7 @@ import dataclasses
 import math
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -84,6 +85,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
+
+
+def place(array: np.ndarray, where: NamedSharding) -> jax.Array:
+    """A host array that every process has whole, on the mesh."""
+    return jax.make_array_from_callback(np.shape(array), where, lambda index: array[index])
 
 
 def state_sharding(state, mesh: Mesh, rules: Rules = RULES):

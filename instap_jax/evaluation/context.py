@@ -12,7 +12,9 @@ from instap_jax import config_check, sharding
 from instap_jax.config import default
 from instap_jax.data.pipeline import parse_corpora
 from instap_jax.errors import UserError
-from instap_jax.evaluation.features import Encoder, SuiteFeatures, embed_suite, load_encoder
+from instap_jax.evaluation import protocols
+from instap_jax.evaluation.encoder import Encoder, load_encoder
+from instap_jax.evaluation.features import SuiteFeatures, embed_suite
 from instap_jax.evaluation.results import DIRECTORY, Protocol
 from instap_jax.types import Kind
 
@@ -24,11 +26,29 @@ class Options:
     Attributes:
       batch_size: samples a step, over all devices.
       frames: T of a clip; None: as many as the run was trained on.
+      workers: processes that read and decode; None: `data.workers` of the run.
+      checkpoint: 'newest' or 'best', which checkpoint of the run.
+      protocol: name of a retrieval preset; '': a suite of one's own.
+      expected_ids: file with the ids that the suite must hold; '': not checked.
+      merge_equal_texts: equal texts of a suite are one, correct with all that have it.
+      top_k: candidates that VTM re-ranks; None: 128 where the run trained VTM; 0: none.
+      dual_softmax: also score so.
+      token_memory: GiB of host memory for the visual tokens that VTM reads.
+      save_scores: keep embeddings and scores beside the results.
       probe_videos, probe_images: 'DIR:SPLIT' on which the probes of that kind are fitted.
     """
 
     batch_size: int = 32
     frames: int | None = None
+    workers: int | None = None
+    checkpoint: str = "newest"
+    protocol: str = ""
+    expected_ids: str = ""
+    merge_equal_texts: bool = False
+    top_k: int | None = None
+    dual_softmax: bool = False
+    token_memory: float = 4.0
+    save_scores: bool = False
     probe_videos: str = ""
     probe_images: str = ""
 
@@ -58,6 +78,7 @@ class Context:
       workdir: of the run. config: its resolved configuration.
       suites: what to measure on, in order.
       mesh: of all devices; it is the current one while a task runs.
+      preset: the retrieval protocol.
     """
 
     def __init__(self, workdir: Path, suites: Sequence[Suite], options: Options):
@@ -67,23 +88,32 @@ class Context:
         shards = sharding.data_shards(self.mesh)
         if options.batch_size % shards:
             raise UserError(f"--batch_size must be a multiple of {shards} devices")
+        self.preset = protocols.find(options.protocol)
         self._features: dict[Suite, SuiteFeatures] = {}
 
     @functools.cached_property
     def encoder(self) -> Encoder:
-        """The newest checkpoint of the run."""
-        return load_encoder(self.workdir, self.mesh)
+        """The checkpoint that is evaluated."""
+        return load_encoder(self.workdir, self.mesh, which=self.options.checkpoint)
 
-    def features(self, suite: Suite) -> SuiteFeatures:
-        """The embeddings of a suite: each suite once, however many tasks want it."""
-        if suite not in self._features:
+    def features(self, suite: Suite, *, tokens: bool = False) -> SuiteFeatures:
+        """The embeddings of a suite: each suite once, however many tasks want it.
+
+        Args:
+          tokens: the visual tokens are wanted too.
+        """
+        found = self._features.get(suite)
+        if found is None or (tokens and found.tokens is None):
+            options = self.options
             self._features[suite] = embed_suite(
                 self.encoder,
                 suite.directory,
                 suite.split,
                 suite.kind,
-                batch_size=self.options.batch_size,
-                frames=self.options.frames,
+                batch_size=options.batch_size,
+                frames=options.frames or self.preset.frames,
+                workers=options.workers,
+                token_limit=int(options.token_memory * (1 << 30)) if tokens else None,
             )
         return self._features[suite]
 

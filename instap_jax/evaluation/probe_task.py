@@ -7,7 +7,8 @@ import numpy as np
 from instap_jax.data.pipeline import parse_corpora
 from instap_jax.errors import UserError
 from instap_jax.evaluation.context import Context, Suite
-from instap_jax.evaluation.features import Encoder, SuiteFeatures
+from instap_jax.evaluation.encoder import Encoder
+from instap_jax.evaluation.features import SuiteFeatures
 from instap_jax.evaluation.probe import ProbeResult, knn_accuracy, linear_probe
 from instap_jax.evaluation.results import Measurement, Protocol
 from instap_jax.types import Kind

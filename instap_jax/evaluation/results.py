@@ -18,7 +18,7 @@ from typing import Any
 
 import instap_jax
 from instap_jax.errors import UserError
-from instap_jax.evaluation.retrieval import RECALL_AT, TIE_RULE
+from instap_jax.evaluation.retrieval import RECALL_AT
 
 DIRECTORY = "eval"
 _PACKAGES = ("jax", "flax", "numpy")
@@ -53,29 +53,45 @@ class Measurement:
     """The metrics of one suite under one protocol.
 
     Attributes:
-      metrics: of `retrieval_metrics`; for task 'probe' {attribute: ProbeResult or its dict}; other
+      metrics: of `metrics_of_ranks`; for task 'probe' {attribute: ProbeResult or its dict}; other
         tasks: numbers by name, nested at will.
       counts: sizes of what was measured, as {'texts': 64, 'videos': 64}.
+      remarks: what holds for this run alone, and so is no part of the protocol, as 'not re-ranked:
+        the run did not train VTM'.
     """
 
     protocol: Protocol
     metrics: Mapping[str, Any]
     counts: Mapping[str, int]
+    remarks: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One results file. `written`: UTC, ISO 8601. `versions`: of the packages that measured."""
+    """One results file.
+
+    Attributes:
+      written: UTC, ISO 8601.
+      config_hash: of the run's configuration. checkpoint_hash: of the parameters that were
+        measured (`evaluation/fingerprint.py`); '' where the file does not say.
+      versions: of the packages that measured.
+    """
 
     task: str
     written: str
     config_hash: str
     versions: Mapping[str, str]
     measurements: Sequence[Measurement]
+    checkpoint_hash: str = ""
 
 
 def write_result(
-    workdir: Path, task: str, measurements: Sequence[Measurement], *, config: Mapping[str, Any]
+    workdir: Path,
+    task: str,
+    measurements: Sequence[Measurement],
+    *,
+    config: Mapping[str, Any],
+    checkpoint_hash: str = "",
 ) -> Path:
     """Writes `workdir/eval/TASK.json` (replacing an older one in one move) and returns its path.
 
@@ -83,6 +99,7 @@ def write_result(
       task: 'retrieval', 'probe', ...: letters, digits, hyphens, underscores.
       measurements: at least one.
       config: the resolved configuration of the run; its hash is stored.
+      checkpoint_hash: of the parameters that were measured.
 
     Raises:
       UserError: nothing was measured, or the file cannot be written.
@@ -96,6 +113,7 @@ def write_result(
         task=task,
         written=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         config_hash=config_hash(config),
+        checkpoint_hash=checkpoint_hash,
         versions={"instap_jax": instap_jax.__version__, **versions},
         measurements=measurements,
     )
@@ -138,6 +156,7 @@ def _parse(plain: dict[str, Any]) -> Result:
             protocol=Protocol(**one["protocol"]),
             metrics=dict(one["metrics"]),
             counts=dict(one["counts"]),
+            remarks=tuple(one.get("remarks", ())),
         )
         for one in plain["measurements"]
     ]
@@ -174,7 +193,8 @@ def format_table(task: str, measurements: Sequence[Measurement]) -> str:
         rows = _ROWS.get(task, _any_rows)(metrics)
         shared = shared_line(measurement.protocol, measurement.counts)
         title = f"{task}: {weights_line(measurement.protocol)} · {shared}"
-        blocks.append(f"{title}\n{_aligned(rows)}")
+        remarks = "".join(f"\n  {remark}" for remark in measurement.remarks)
+        blocks.append(f"{title}\n{_aligned(rows)}{remarks}")
     return "\n\n".join(blocks)
 
 
@@ -198,7 +218,7 @@ def _retrieval_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
         rows.append([label, *(f"{one[name]:.2f}" for name in names), *ranks])
         chance = one["chance"]
         rows.append(["  by chance", *(f"{chance[name]:.2f}" for name in names), "", "", ""])
-    rows.append(["mean recall", f"{metrics['mean_recall']:.2f}", f"({TIE_RULE})"])
+    rows.append(["mean recall", f"{metrics['mean_recall']:.2f}"])
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Retrieval metrics from a score matrix, in both directions, with a stated tie rule.
+"""Retrieval metrics from ranks, in both directions, with a stated tie rule.
 
 Tie rule: a tie counts against the model. The rank of a query is one plus the number of WRONG
 candidates that score at least as high as its best correct candidate. Constant or saturated scores
@@ -9,6 +9,7 @@ A query without any correct candidate in the suite (a video without a caption) i
 stays a candidate for the other direction, and its count is reported as `unmatched`.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,113 +18,82 @@ from instap_jax.errors import UserError
 
 RECALL_AT = (1, 5, 10)
 TIE_RULE = "a tie counts against the model"
-_BLOCK_ELEMENTS = 1 << 23  # scores compared at a time
 
 
-def retrieval_metrics(
-    similarity: np.ndarray, positives: np.ndarray | Sequence[Sequence[int]]
-) -> dict:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Positives:
+    """The correct pairs of a suite: several texts a video and several videos a text are fine.
+
+    Attributes:
+      text, video: int64 [pairs], indices of each distinct correct pair, sorted by text, then video.
+      texts, videos: how many there are, q and v.
+    """
+
+    text: np.ndarray
+    video: np.ndarray
+    texts: int
+    videos: int
+
+    @classmethod
+    def of(cls, videos_of_text: Sequence[Sequence[int]], videos: int) -> "Positives":
+        """From the correct videos of every text; one that is named twice counts once.
+
+        Raises:
+          UserError: nothing to retrieve, or no pair at all.
+          ValueError: an index that is no video.
+        """
+        texts = len(videos_of_text)
+        if not texts or not videos:
+            raise UserError(f"nothing to retrieve: the suite has {texts} texts and {videos} videos")
+        lengths = [len(row) for row in videos_of_text]
+        flat = np.fromiter((v for row in videos_of_text for v in row), np.int64, sum(lengths))
+        if not flat.size:
+            raise UserError(
+                f"no correct pair among {texts} texts and {videos} videos: check that the captions "
+                "and the media come from the same split"
+            )
+        if flat.min() < 0 or flat.max() >= videos:
+            raise ValueError(f"a positive names a video outside 0..{videos - 1}")
+        code = np.unique(np.repeat(np.arange(texts), lengths) * videos + flat)
+        return cls(text=code // videos, video=code % videos, texts=texts, videos=videos)
+
+    def reversed(self) -> "Positives":
+        """The same pairs with texts and videos in each other's place."""
+        order = np.lexsort((self.text, self.video))
+        return Positives(
+            text=self.video[order], video=self.text[order], texts=self.videos, videos=self.texts
+        )
+
+    def of_each_text(self) -> np.ndarray:
+        """int64 [q], correct videos of every text."""
+        return np.bincount(self.text, minlength=self.texts)
+
+
+def metrics_of_ranks(t2v: np.ndarray, v2t: np.ndarray, positives: Positives) -> dict:
     """Text-to-video and video-to-text recall and ranks (PAPER.md section 5).
 
-    Time is one pass over the scores. Memory beyond `similarity` is one block of about 8 M
-    scores (at most 64 MiB with the comparison), whatever the size of the matrix.
-
     Args:
-      similarity: float [q, v], score of text q with video v; higher is more alike. ±inf is a score.
-      positives: the correct videos of every text: bool [q, v], or a sequence of q sequences of
-        video indices (several videos a text, several texts a video).
+      t2v: int [q], rank of every text's best correct video, 1 is best; anything where it has none.
+      v2t: int [v], the same for videos.
 
     Returns:
       {"t2v": {...}, "v2t": {...}, "mean_recall": percent, "texts": q, "videos": v, "pairs": int}.
       A direction holds R@1, R@5, R@10 (percent), "chance" (the same three for a random ranking),
       "median_rank" and "mean_rank" (1 is best), "queries" (ranked) and "unmatched" (not ranked).
       "mean_recall" is the mean of the six recalls.
-
-    Raises:
-      UserError: empty suite, a NaN score, or a direction in which nothing has a correct candidate.
-      ValueError: shapes that do not belong together.
     """
-    similarity = np.asarray(similarity)
-    if similarity.ndim != 2:
-        raise ValueError(f"similarity must be [texts, videos], got shape {similarity.shape}")
-    texts, videos = similarity.shape
-    if not texts or not videos:
-        raise UserError(f"nothing to retrieve: the suite has {texts} texts and {videos} videos")
-    text, video = _pairs(positives, texts, videos)
-    if not len(text):
-        raise UserError(
-            f"no correct pair among {texts} texts and {videos} videos: check that the captions and "
-            "the media come from the same split"
-        )
-    text_rank, video_rank = _ranks(similarity, text, video)
-    t2v = _summary(text_rank, np.bincount(text, minlength=texts), candidates=videos)
-    v2t = _summary(video_rank, np.bincount(video, minlength=videos), candidates=texts)
-    recalls = [direction[f"R@{k}"] for direction in (t2v, v2t) for k in RECALL_AT]
-    return {
-        "t2v": t2v,
-        "v2t": v2t,
-        "mean_recall": float(np.mean(recalls)),
-        "texts": texts,
-        "videos": videos,
-        "pairs": len(text),
+    directions = {
+        "t2v": _summary(t2v, positives.of_each_text(), candidates=positives.videos),
+        "v2t": _summary(v2t, positives.reversed().of_each_text(), candidates=positives.texts),
     }
-
-
-def _pairs(positives, texts: int, videos: int) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct correct pairs as two index arrays, sorted by text."""
-    if len(positives) != texts:
-        raise ValueError(f"positives of {len(positives)} texts for {texts} rows of scores")
-    if isinstance(positives, np.ndarray) and positives.dtype == bool:
-        if positives.shape != (texts, videos):
-            raise ValueError(f"positives {positives.shape} for scores {(texts, videos)}")
-        return np.nonzero(positives)
-    lengths = [len(row) for row in positives]
-    flat = np.fromiter((v for row in positives for v in row), np.int64, sum(lengths))
-    if flat.size and (flat.min() < 0 or flat.max() >= videos):
-        raise ValueError(f"a positive names a video outside 0..{videos - 1}")
-    code = np.unique(np.repeat(np.arange(texts), lengths) * videos + flat)
-    return code // videos, code % videos
-
-
-def _ranks(
-    similarity: np.ndarray, text: np.ndarray, video: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pessimistic ranks, int64 [q] and [v]; meaningless where there is no correct candidate."""
-    texts, videos = similarity.shape
-    score = _as_float(similarity[text, video])
-    best_of_text = np.full(texts, -np.inf, score.dtype)
-    best_of_video = np.full(videos, -np.inf, score.dtype)
-    np.maximum.at(best_of_text, text, score)
-    np.maximum.at(best_of_video, video, score)
-    # Correct candidates that reach the best score (it itself among them) are no competitors.
-    text_rank = 1 - np.bincount(text, score >= best_of_text[text], texts).astype(np.int64)
-    video_rank = 1 - np.bincount(video, score >= best_of_video[video], videos).astype(np.int64)
-    rows = max(1, _BLOCK_ELEMENTS // videos)
-    for start in range(0, texts, rows):
-        block = _as_float(similarity[start : start + rows])
-        _refuse_nan(block, start)
-        reached = block >= best_of_text[start : start + rows, None]
-        text_rank[start : start + rows] += np.count_nonzero(reached, axis=1)
-        np.greater_equal(block, best_of_video, out=reached)
-        video_rank += np.count_nonzero(reached, axis=0)
-    return text_rank, video_rank
-
-
-def _as_float(scores: np.ndarray) -> np.ndarray:
-    # bfloat16 and float16 compare an order of magnitude slower; every value is exact in float32.
-    return scores if scores.dtype in (np.float32, np.float64) else scores.astype(np.float32)
-
-
-def _refuse_nan(block: np.ndarray, first_row: int) -> None:
-    # One NaN anywhere makes the minimum NaN: no mask of the whole block in the usual case.
-    if np.isnan(block.min()):
-        bad = np.isnan(block)
-        row, column = (int(i) for i in np.argwhere(bad)[0])
-        raise UserError(
-            f"NaN score of text {first_row + row} with video {column} ({int(bad.sum())} NaN among "
-            f"texts {first_row}..{first_row + len(block) - 1}): the checkpoint or its inputs are "
-            "not finite; nothing was measured"
-        )
+    recalls = [direction[f"R@{k}"] for direction in directions.values() for k in RECALL_AT]
+    return {
+        **directions,
+        "mean_recall": float(np.mean(recalls)),
+        "texts": positives.texts,
+        "videos": positives.videos,
+        "pairs": len(positives.text),
+    }
 
 
 def _summary(rank: np.ndarray, correct: np.ndarray, *, candidates: int) -> dict:

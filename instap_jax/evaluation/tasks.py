@@ -42,5 +42,10 @@ def evaluate(
     for task in tasks:
         with jax.set_mesh(context.mesh):
             measurements = TASKS[task](context)
-        print(format_table(task, measurements), end="\n\n")
-        write_result(workdir, task, measurements, config=context.config.to_dict())
+            checkpoint_hash = context.encoder.fingerprint
+        if jax.process_index() == 0:
+            print(format_table(task, measurements), end="\n\n")
+            config = context.config.to_dict()
+            write_result(
+                workdir, task, measurements, config=config, checkpoint_hash=checkpoint_hash
+            )
