@@ -86,7 +86,7 @@ def read_suite(
         length=config.tokenizer.length,
         budget=None,
         caption_sampling=config.data.caption_sampling,
-        classes=(),
+        classes=tuple(config.classify.classes),
         seed=0,
     )
     steps = math.ceil(len(source) / (groups * group_size))

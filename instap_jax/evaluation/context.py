@@ -36,6 +36,7 @@ class Options:
       token_memory: GiB of host memory for the visual tokens that VTM reads.
       save_scores: keep embeddings and scores beside the results.
       probe_videos, probe_images: 'DIR:SPLIT' on which the probes of that kind are fitted.
+      clips, crops: views of a video, and of a frame, that classification averages.
     """
 
     batch_size: int = 32
@@ -51,6 +52,8 @@ class Options:
     save_scores: bool = False
     probe_videos: str = ""
     probe_images: str = ""
+    clips: int = 1
+    crops: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ from ml_collections import ConfigDict
 
 from instap_jax import config_check, sharding
 from instap_jax.data.pipeline import open_tokenizer
+from instap_jax.errors import UserError
 from instap_jax.evaluation import aligned
 from instap_jax.evaluation.fingerprint import fingerprint
 from instap_jax.models import boxes as box
@@ -161,6 +162,11 @@ class Encoder:
         whole, split = sharding.replicated(self.mesh), sharding.batch_sharding(self.mesh)
 
         def embed(params, batch: Batch, tokens: bool) -> dict[str, jax.Array]:
+            if self.config.stage not in _EMBED:
+                raise UserError(
+                    f"a run of stage {self.config.stage!r} embeds nothing; evaluate the run that "
+                    "it was fine-tuned from"
+                )
             model = nnx.merge(self.graphdef, params["model"])
             out, seen = _EMBED[self.config.stage](self.config, model, batch)
             out |= {name: _flat(batch[name]) for name in PASSED_KEYS}
@@ -324,7 +330,13 @@ def _embed_aligned(config: ConfigDict, model: InstAP, batch: Batch):
 
 
 _EMBED = {"teacher": _embed_clip, "distill": _embed_student, "align": _embed_aligned}
-_WEIGHTS = {"teacher": "teacher", "distill": "student, distillation head", "align": "aligned"}
+_WEIGHTS = {
+    "teacher": "teacher",
+    "distill": "student, distillation head",
+    "align": "aligned",
+    "ground": "fine-tuned for grounding",
+    "classify": "fine-tuned for classification",
+}
 
 
 def _entities(batch: Batch, tokens: jax.Array) -> jax.Array:

@@ -11,13 +11,15 @@ from pathlib import Path
 import jax
 
 from instap_jax.errors import UserError
-from instap_jax.evaluation import probe_task, retrieval_task
+from instap_jax.evaluation import classification, grounding, probe_task, retrieval_task
 from instap_jax.evaluation.context import Context, Options, Suite
 from instap_jax.evaluation.results import Measurement, format_table, write_result
 
 TASKS: dict[str, Callable[[Context], list[Measurement]]] = {
     "retrieval": retrieval_task.measure,
     "probe": probe_task.measure,
+    "grounding": grounding.measure,
+    "classification": classification.measure,
 }
 
 

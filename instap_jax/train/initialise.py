@@ -52,7 +52,7 @@ def initial_params(
 def _modules(
     config: ConfigDict, objective: Objective, abstract: nnx.State, source: str, stage: str
 ) -> tuple[str, ...]:
-    """The modules that a run of `stage` at `source` gives; it must have no others."""
+    """The modules that a run of `stage` at `source` gives; others are named in `leaves`."""
     if stage == config.stage:
         modules = tuple(abstract)
     elif stage in objective.starts_from:
@@ -64,8 +64,11 @@ def _modules(
             f"stage {config.stage!r} starts from {possible}"
         )
     unused = sorted(set(checkpoint.module_names(source)) - set(modules))
+    lost = [name for name in unused if stage == config.stage or name not in objective.leaves]
+    if lost:
+        raise UserError(f"{source}: stage {config.stage!r} has no place for its {lost[0]!r}")
     if unused:
-        raise UserError(f"{source}: stage {config.stage!r} has no place for its {unused[0]!r}")
+        print(f"init leaves {', '.join(unused)} of {source}")
     return modules
 
 
