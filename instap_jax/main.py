@@ -23,13 +23,14 @@ VERBS = {
     "synth": "render the embedded InstVL-like set: H.264 clips, JPEG stills, annotations",
     "validate": "check an annotation file against the schema and the media",
     "preview": "draw boxes, ids and captions over the frames",
-    "import": "turn COCO, Visual Genome, MOT, YouTube-VIS or UMT annotations into ours",
+    "import": "turn COCO, Visual Genome, MOT, YouTube-VIS, UMT, Kinetics annotations into ours",
     "pack": "annotations and media -> sharded ArrayRecord (a TFDS directory)",
     "tokenizer": "train a sentencepiece vocabulary on an annotation file",
     "train": "train any stage",
     "evaluate": "measure a trained model; write JSON",
     "ablate": "train and evaluate a table of configurations over seeds; write it with intervals",
     "convert": "weights of CLIP, BERT and UMT in; PyTorch and UMT out",
+    "select": "choose the stage-1 run of the lowest validation loss, fine-tune and measure it",
     "report": "one self-contained HTML page: curves, samples, results of one or more runs",
 }
 

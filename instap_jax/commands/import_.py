@@ -25,7 +25,11 @@ def define_flags(values: flags.FlagValues) -> None:
     )  # fmt: skip
     flags.DEFINE_string(
         "media", None,
-        "Media root. visual_genome: find and measure the images; umt: cut off absolute paths.",
+        "Media root. visual_genome: find and measure the images; umt, kinetics: cut off absolute "
+        "paths.", flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_string(
+        "classes", None, "kinetics: names of the classes, one a line, where labels are numbers.",
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_string(
@@ -39,6 +43,7 @@ def run(values: flags.FlagValues) -> None:
         input=Path(values.input),
         captions=Path(values.captions) if values.captions else None,
         media=Path(values.media) if values.media else None,
+        classes=Path(values.classes) if values.classes else None,
         split=values.split,
     )
     with Progress("import") as progress:

@@ -1,5 +1,7 @@
 """`instap train --config=FILE --workdir=DIR [--config.key=value ...]`: any stage."""
 
+from pathlib import Path
+
 from absl import flags
 
 from instap_jax import config_check
@@ -12,11 +14,16 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues) -> None:
-    loaded = config_check.load(values)
-    workdir = config_check.local_workdir(values["workdir"].value)
+    start(config_check.load(values), values["workdir"].value)
+
+
+def start(loaded: config_check.LoadedConfig, directory: str) -> Path:
+    """Trains to the end, fresh or resumed, and returns the workdir."""
+    workdir = config_check.local_workdir(directory)
     config_check.record(loaded, workdir)
     # Only now JAX: a wrong key or path has already been reported.
     with StopRequest() as stop:
         from instap_jax.train.loop import train
 
         train(loaded.config, workdir, stop)
+    return workdir

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from instap_jax.data import schema
-from instap_jax.data.converters import coco, mot, umt, visual_genome, youtube_vis
+from instap_jax.data.converters import coco, kinetics, mot, umt, visual_genome, youtube_vis
 from instap_jax.data.converters.reading import Request
 from instap_jax.errors import UserError
 
@@ -25,6 +25,7 @@ CONVERTERS: dict[str, Converter] = {
     "mot": mot.convert,
     "youtube_vis": youtube_vis.convert,
     "umt": umt.convert,
+    "kinetics": kinetics.convert,
 }
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from instap_jax.errors import UserError
@@ -19,6 +19,7 @@ class Request:
       input: file or directory, as the format has it.
       captions: further captions, or None; what it holds depends on the format.
       media: media root, or None; read only by formats whose annotations lack sizes or names.
+      classes: names of the classes, one a line, or None; read only by formats with labels.
       split: split of all samples.
       left_out: counts what could not be converted, by reason; filled as samples are drawn.
     """
@@ -26,6 +27,7 @@ class Request:
     input: Path
     captions: Path | None = None
     media: Path | None = None
+    classes: Path | None = None
     split: str = "train"
     left_out: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
@@ -103,6 +105,18 @@ def categories_caption(kind: str, names: Iterable[str]) -> str:
 def caption_table(path: Path | None) -> dict[str, Any]:
     """Reads `--captions` of the formats without global captions: {sample id: text or texts}."""
     return {} if path is None else load_json(path, dict)
+
+
+def relative_path(path: str, request: Request, where: str) -> str:
+    """A media path relative to the media root; an absolute one is cut off at `--media`."""
+    if not PurePosixPath(path).is_absolute():
+        return path
+    if request.media is None:
+        raise UserError(f"{where}: path {path!r} is absolute; give its root with --media")
+    root = PurePosixPath(request.media.absolute())
+    if not PurePosixPath(path).is_relative_to(root):
+        raise UserError(f"{where}: path {path!r} is not under --media {root}")
+    return str(PurePosixPath(path).relative_to(root))
 
 
 def _name(kind: type) -> str:

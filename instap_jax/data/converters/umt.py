@@ -6,11 +6,9 @@ gets `#2`, `#3`, ...). Absolute paths need `--media`, the root that they are cut
 
 import collections
 from collections.abc import Iterator
-from pathlib import PurePosixPath
 from typing import Any
 
-from instap_jax.data.converters.reading import Request, field, load_json
-from instap_jax.errors import UserError
+from instap_jax.data.converters.reading import Request, field, load_json, relative_path
 
 
 def convert(request: Request) -> Iterator[dict[str, Any]]:
@@ -19,7 +17,7 @@ def convert(request: Request) -> Iterator[dict[str, Any]]:
     for index, item in enumerate(load_json(request.input, list)):
         where = f"{request.input}: [{index}]"
         kind = "video" if isinstance(item, dict) and "video" in item else "image"
-        path = _relative(field(item, kind, str, where), request, where)
+        path = relative_path(field(item, kind, str, where), request, where)
         texts = field(item, "caption", (str, list), where)
         if not texts or (isinstance(texts, str) and not texts.strip()):
             request.left_out["entries without caption"] += 1
@@ -32,14 +30,3 @@ def convert(request: Request) -> Iterator[dict[str, Any]]:
             "source": request.input.stem,
             "caption": texts,
         }
-
-
-def _relative(path: str, request: Request, where: str) -> str:
-    if not PurePosixPath(path).is_absolute():
-        return path
-    if request.media is None:
-        raise UserError(f"{where}: path {path!r} is absolute; give its root with --media")
-    root = PurePosixPath(request.media.absolute())
-    if not PurePosixPath(path).is_relative_to(root):
-        raise UserError(f"{where}: path {path!r} is not under --media {root}")
-    return str(PurePosixPath(path).relative_to(root))
