@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from PIL import Image
+from ranked import retrieval_metrics
 
 from instap_jax import main as command
 from instap_jax.data.media import encode_jpeg
@@ -27,7 +28,6 @@ from instap_jax.evaluation.results import (
     read_results,
     write_result,
 )
-from instap_jax.evaluation.retrieval import retrieval_metrics
 
 SHORT = [{"step": 1, "loss": 2.0}, {"step": 5, "loss": 1.5}]  # where curves are not the point
 EVIL = """<script x='"'>alert('&')</script>"""

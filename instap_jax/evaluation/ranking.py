@@ -109,7 +109,8 @@ def _pairs_of_blocks(positives: Positives, blocks: int, rows: int):
     block = positives.text // rows
     count = np.bincount(block, minlength=blocks)
     place = np.arange(len(block)) - np.repeat(np.cumsum(count) - count, count)
-    shape = blocks, max(1, int(count.max()))
+    # A power of two: few shapes are compiled.
+    shape = blocks, 1 << int(count.max() - 1).bit_length() if count.max() else 1
     row, column = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     valid = np.zeros(shape, bool)
     row[block, place], column[block, place] = positives.text % rows, positives.video
@@ -137,8 +138,8 @@ def _rank_blocks(mesh: Mesh, top: int):
             # Not logsumexp: one pass, and no second matrix of the size of the block.
             peak = jnp.max(scores, axis=1)
             total = peak + jnp.log(jnp.sum(jnp.exp(scores - peak[:, None]), axis=1))
-            # A maximum of scores with a NaN among them is NaN.
-            return rank, found, total, jnp.isnan(peak)
+            # Not isnan(peak): a fast maximum may pass over a NaN.
+            return rank, found, total, jnp.isnan(scores).any(axis=1)
 
         return jax.lax.map(one, (queries, row, column, valid))
 
