@@ -63,12 +63,17 @@ def contrastive_loss(
     valid: Bool[Array, " b"],
     video_ids: Int32[Array, " b"],
     text_ids: Int32[Array, " b"],
+    bias: Float[Array, ""] | float | None = None,
     precision: Precision = Precision.HIGHEST,
 ) -> ContrastiveOutput:
     """Equation (2): symmetric InfoNCE between videos and their captions over the global batch.
 
     Pairs (i, j), j != i, that show the same video or carry the same caption are not negatives:
     they are left out of both denominators. (UMT makes same-id pairs further positives instead.)
+
+    With `bias` instead the pairwise sigmoid loss (SigLIP, arXiv 2303.15343, equation 1): every
+    pair is classified by itself, true or not, by sigmoid(cosine / tau + bias); the sum over
+    a video's pairs, mean over videos.
 
     Shard `video` and `text` over the data axes: the b x b logits are then only ever held as
     b/devices rows a device. With replicated inputs every device would hold all of them.
@@ -77,12 +82,13 @@ def contrastive_loss(
       video, text: W_v v and W_t t of (2); l2-normalised here.
       temperature: tau, divides the cosines. Keep it in its range before calling.
       video_ids: equal means the same media. text_ids: equal means the same sentence.
+      bias: of the sigmoid loss; None: InfoNCE.
       precision: of the matmul that makes the logits. A cosine is divided by tau, so the TPU's
         default bfloat16 operands would leave errors of order 0.01 to 1 in the logits.
     """
     logits = cosine_logits(video, text, temperature, valid=valid, precision=precision)
     admissible = admissible_pairs(valid, video_ids, text_ids)
-    return _symmetric_infonce(logits, jnp.where(admissible, 0.0, -jnp.inf), valid)
+    return _contrast(logits, jnp.where(admissible, 1.0, 0.0), valid, bias)
 
 
 def instance_contrastive_loss(
@@ -94,6 +100,7 @@ def instance_contrastive_loss(
     parent_ids: Int32[Array, " n"],
     text_ids: Int32[Array, " n"],
     alpha: float = 0.0,
+    bias: Float[Array, ""] | float | None = None,
     precision: Precision = Precision.HIGHEST,
 ) -> ContrastiveOutput:
     """Equation (8): symmetric InfoNCE between instances and their sentences over the global batch.
@@ -106,13 +113,14 @@ def instance_contrastive_loss(
       temperature: tau_inst, a parameter of its own (Table 5).
       parent_ids: id of the video an instance is from, unique over the global batch and equal for
         repeats of one video; never an index into a group.
+      bias: as in `contrastive_loss`; a pair's weight then is that of its term.
       precision: as in `contrastive_loss`, as is the advice on sharding.
     """
     logits = cosine_logits(instance, text, temperature, valid=valid, precision=precision)
     other_text = admissible_pairs(valid, jnp.arange(valid.shape[0]), text_ids)
     same_video = parent_ids[:, None] == parent_ids[None, :]
     weight = jnp.where(same_video, alpha, 1.0) * other_text
-    return _symmetric_infonce(logits, jnp.log(weight), valid)
+    return _contrast(logits, weight, valid, bias)
 
 
 def cosine_logits(
@@ -204,24 +212,32 @@ def classification_loss(
     return _mean((1 - smoothing) * hard + smoothing * uniform, valid)
 
 
-def _symmetric_infonce(
-    logits: Float[Array, "b b"], log_weight: Float[Array, "b b"], valid: Bool[Array, " b"]
+def _contrast(
+    logits: Float[Array, "b b"],
+    weight: Float[Array, "b b"],
+    valid: Bool[Array, " b"],
+    bias: Float[Array, ""] | float | None,
 ) -> ContrastiveOutput:
-    """InfoNCE in both directions; pair (i, j), j != i, weighs exp(log_weight) in the denominators.
+    """InfoNCE in both directions, or with a bias the sigmoid loss; pair (i, j), j != i, has this
+    weight as a negative. Rows and columns that are not valid weigh 0.
 
     One logits matrix serves both directions, and only max and sum reductions touch it: with rows
     sharded those cross devices as b numbers, where an argmax could gather b x b.
     """
     diagonal = jnp.eye(logits.shape[0], dtype=bool)
     positive = jnp.sum(jnp.where(diagonal, logits, 0), axis=1)
-    negatives = jnp.where(diagonal, -jnp.inf, logits + log_weight)
-    weighted = jnp.where(diagonal, logits, negatives)
-    v2t = jax.nn.logsumexp(weighted, axis=1) - positive
-    t2v = jax.nn.logsumexp(weighted, axis=0) - positive
-    # A weight below 1 says how much a pair counts in the denominator, not how similar it is.
-    rivals = jnp.where(diagonal | (log_weight == -jnp.inf), -jnp.inf, logits)
+    if bias is None:
+        weighted = logits + jnp.where(diagonal, 0.0, jnp.log(weight))
+        v2t = jax.nn.logsumexp(weighted, axis=1) - positive
+        t2v = jax.nn.logsumexp(weighted, axis=0) - positive
+        terms = (v2t + t2v) / 2
+    else:
+        negatives = jnp.where(diagonal, 0.0, weight * jax.nn.softplus(logits + bias))
+        terms = jnp.sum(negatives, axis=1) + jax.nn.softplus(-(positive + bias))
+    # A weight below 1 says how much a pair counts as a negative, not how similar it is.
+    rivals = jnp.where(diagonal | (weight == 0), -jnp.inf, logits)
     return ContrastiveOutput(
-        loss=_mean((v2t + t2v) / 2, valid),
+        loss=_mean(terms, valid),
         accuracy_v2t=_mean(positive > jnp.max(rivals, axis=1), valid),
         accuracy_t2v=_mean(positive > jnp.max(rivals, axis=0), valid),
     )

@@ -57,6 +57,26 @@ def contrastive(
     return loss / len(rows), right[0] / len(rows), right[1] / len(rows)
 
 
+def sigmoid_contrastive(
+    video: np.ndarray,
+    text: np.ndarray,
+    temperature: float,
+    bias: float,
+    weight: Callable[[int, int], float],
+    valid: np.ndarray,
+) -> float:
+    """SigLIP's equation 1 with a temperature that divides: every pair by itself, summed over the
+    pairs of a video, mean over the videos. `weight` as in `contrastive`."""
+    rows = [i for i in range(len(valid)) if valid[i]]
+    loss = 0.0
+    for i, j in itertools.product(rows, rows):
+        label = 1 if i == j else -1
+        cosine = float(unit(video[i]) @ unit(text[j]))
+        right = 1 / (1 + math.exp(-label * (cosine / float(temperature) + float(bias))))
+        loss -= (1.0 if i == j else weight(i, j)) * math.log(right)
+    return loss / len(rows) if rows else 0.0
+
+
 def cross_entropy(logits: np.ndarray, labels: np.ndarray, counted: np.ndarray) -> float:
     """Mean over the counted rows of -log softmax(logits)[label]; logits [m, c]."""
     terms = [

@@ -208,6 +208,7 @@ def _sample_terms(config, model, batch: Batch, scene: _Scene, texts, keys, weigh
             video=scene.embedding,
             text=model.embed_text(texts["captions"].tokens[:, :, 0]),
             tau=model.tau(),
+            bias=model.bias(),
             valid=batch["sample_valid"],
             video_ids=batch["media_hash"],
             text_ids=batch["text_hash"],
@@ -240,6 +241,7 @@ def _with_sentences(model, batch: Batch, pairs: Pairs, sentences: _Text) -> Pair
         video=video,
         text=model.embed_text(sentences.tokens[:, :, 0]),
         tau=pairs.tau,
+        bias=pairs.bias,
         valid=instance_valid(batch),
         video_ids=video_ids,
         text_ids=batch["instance_text_hash"],
@@ -257,6 +259,7 @@ def _instance_terms(config, model, batch: Batch, seen: InstanceFeatures, texts, 
             video=model.embed_visual(seen.pooled),
             text=model.embed_text(text.tokens[:, :, 0]),
             tau=model.instance_tau(),
+            bias=model.instance_bias(),
             valid=valid,
             # The parent's media, not its place: unique over the batch, equal for a video that
             # the batch holds twice.
@@ -298,6 +301,7 @@ def _contrast(loss, pairs: Pairs, **options) -> LossResult:
         pairs.tau,
         valid=flat(pairs.valid),
         text_ids=flat(pairs.text_ids),
+        bias=pairs.bias,
         **options,
     )
     return out.loss, {"accuracy_v2t": out.accuracy_v2t, "accuracy_t2v": out.accuracy_t2v}

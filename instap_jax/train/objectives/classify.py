@@ -45,6 +45,8 @@ _ALIGN_ONLY = (
     "cross_attention",
     "temperature",
     "instance_temperature",
+    "contrastive_bias",
+    "instance_contrastive_bias",
 )
 
 CLASSIFY = Objective(

@@ -77,6 +77,8 @@ GROUND = Objective(
         "cross_attention",
         "temperature",
         "instance_temperature",
+        "contrastive_bias",
+        "instance_contrastive_bias",
     ),
     loss=_loss,
 )

@@ -24,7 +24,7 @@ class Pairs:
 
     Attributes:
       video, text: [g, m, p], embeddings, not l2-normalised.
-      tau: their temperature.
+      tau: their temperature. bias: of the sigmoid loss; None: InfoNCE.
       valid: bool [g, m].
       video_ids, text_ids: int32 [g, m], equal: the same media, the same sentence.
     """
@@ -32,6 +32,7 @@ class Pairs:
     video: jax.Array
     text: jax.Array
     tau: jax.Array
+    bias: jax.Array | None = None
     valid: jax.Array
     video_ids: jax.Array
     text_ids: jax.Array
