@@ -239,8 +239,6 @@ def scene_codes(boxes, crop_side, scene_side, width):
 
 
 class AddNorm(nn.Module):
-    """LayerNorm(residual + dense(x))."""
-
     def __init__(self, inner, width):
         super().__init__()
         self.dense = nn.Linear(inner, width)
