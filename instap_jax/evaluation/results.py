@@ -232,11 +232,20 @@ def _probe_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _choice_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["fact", "accuracy %", "95 % interval", "by chance", "sentences", "questions"]]
+    for about, one in metrics.items():
+        interval = f"{one['low']:.1f} .. {one['high']:.1f}"
+        numbers = [f"{one['accuracy']:.2f}", interval, f"{one['chance']:.2f}"]
+        rows.append([about, *numbers, str(one["sentences"]), str(one["questions"])])
+    return rows
+
+
 def _any_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
     return [["metric", "value"], *([name, f"{v:g}"] for name, v in flatten(metrics).items())]
 
 
-_ROWS = {"retrieval": _retrieval_rows, "probe": _probe_rows}
+_ROWS = {"retrieval": _retrieval_rows, "probe": _probe_rows, "choice": _choice_rows}
 
 
 def _aligned(rows: list[list[str]]) -> str:

@@ -11,15 +11,26 @@ from pathlib import Path
 import jax
 
 from instap_jax.errors import UserError
-from instap_jax.evaluation import classification, grounding, probe_task, retrieval_task
+from instap_jax.evaluation import (
+    attention_task,
+    choice_task,
+    classification,
+    errors_task,
+    grounding,
+    probe_task,
+    retrieval_task,
+)
 from instap_jax.evaluation.context import Context, Options, Suite
 from instap_jax.evaluation.results import Measurement, format_table, write_result
 
 TASKS: dict[str, Callable[[Context], list[Measurement]]] = {
     "retrieval": retrieval_task.measure,
     "probe": probe_task.measure,
+    "choice": choice_task.measure,
     "grounding": grounding.measure,
     "classification": classification.measure,
+    "errors": errors_task.measure,
+    "attention": attention_task.measure,
 }
 
 
