@@ -1,10 +1,10 @@
 """What a model of stage 'align' makes of scenes, instances and texts: evaluation and inference.
 
-All of it is deterministic and unmasked, and sees whole pictures. A batch is one group of
-`types.Batch`, of which only the named arrays are read.
+All of it is deterministic and unmasked, and sees whole pictures. Batches are grouped
+(`types.Batch`), what comes out is flat; only the named arrays are read.
 
-Axis letters: b samples, n instances, t frames, v visual tokens of a clip, d width, s text length,
-p shared embedding width.
+Axis letters: g groups, b samples of a group, n instances of a group, v visual tokens of a clip,
+d width, s text length, p shared embedding width, B g * b or any number.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ from instap_jax.types import Batch
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Instances:
     """Attributes:
-    embedding: float32 [n, p], l2-normalised: z~ of (7). Where training had no equation (8) (the
+    embedding: float32 [g * n, p], l2-normalised: z~ of (7). Where training had no equation (8) (the
       baselines), W_v of the mean of the crop's own tokens.
-    crop: float32 [n, d], that mean: the visual input of (9).
+    crop: float32 [g * n, d], that mean: the visual input of (9).
     """
 
     embedding: jax.Array
@@ -34,27 +34,30 @@ class Instances:
 
 
 def see_scenes(config: ConfigDict, model: InstAP, batch: Batch) -> jax.Array:
-    """`frames`, `extent` [1, b, ...] -> the encoder's tokens [b, v, d]."""
+    """`frames`, `extent` [g, b, ...] -> the encoder's tokens [g * b, v, d]."""
     video = whole_view(batch).render(batch, config.vision.image_size, preprocess.IMAGENET)
     return model.encoder(video).tokens
 
 
 def embed_scenes(model: InstAP, tokens: jax.Array) -> jax.Array:
-    """W_v of the mean of the tokens [b, v, d]: float32 [b, p], l2-normalised."""
+    """W_v of the mean of the tokens [B, v, d]: float32 [B, p], l2-normalised."""
     return unit(model.embed_visual(jnp.mean(tokens, axis=1, dtype=jnp.float32)))
 
 
 def embed_instances(
     config: ConfigDict, model: InstAP, batch: Batch, tokens: jax.Array
 ) -> Instances:
-    """`boxes`, `present`, `parent` [1, n, ...] of scenes with these tokens [b, v, d]."""
-    seen = see_instances(config, model, batch, tokens[None], whole_view(batch))
+    """`boxes`, `present`, `parent` [g, n, ...] of scenes with these tokens [g * b, v, d]."""
+    groups, size = batch["frames"].shape[:2]
+    scenes = tokens.reshape((groups, size, *tokens.shape[1:]))
+    seen = see_instances(config, model, batch, scenes, whole_view(batch))
     pooled = seen.pooled if "inst_vtc" in term_weights(config) else seen.crop
-    return Instances(embedding=unit(model.embed_visual(pooled[0])), crop=seen.crop[0])
+    pooled, crop = (array.reshape((-1, array.shape[-1])) for array in (pooled, seen.crop))
+    return Instances(embedding=unit(model.embed_visual(pooled)), crop=crop)
 
 
 def embed_texts(model: InstAP, ids: jax.Array) -> jax.Array:
-    """int32 [b, s] -> W_t of [CLS]: float32 [b, p], l2-normalised."""
+    """int32 [B, s] -> W_t of [CLS]: float32 [B, p], l2-normalised."""
     return unit(model.embed_text(model.text.encode(ids).pooled))
 
 
@@ -62,11 +65,11 @@ def match(model: InstAP, ids: jax.Array, visual: jax.Array) -> jax.Array:
     """The probability of (3) and (9) that text and visual tokens belong together.
 
     Args:
-      ids: int32 [b, s]. visual: [b, v, d], of text i the tokens of its clip, or [b, 1, d], the
+      ids: int32 [B, s]. visual: [B, v, d], of text i the tokens of its clip, or [B, 1, d], the
         crop of its instance.
 
     Returns:
-      float32 [b].
+      float32 [B].
     """
     tokens = model.text.encode(ids).tokens
     fused = model.text.fuse(tokens, text_mask(ids), visual)

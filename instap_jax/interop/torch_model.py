@@ -517,7 +517,7 @@ class InstAP(nn.Module):
 
     def text_ids(self, texts):
         """Texts or ids -> int64 [B, s] on the model's device."""
-        if len(texts) and isinstance(texts[0], str):
+        if not len(texts) or isinstance(texts[0], str):
             texts = self.tokenizer(texts)
         return torch.as_tensor(texts, dtype=torch.int64, device=self.temp.device)
 
