@@ -218,40 +218,33 @@ def _write(
     """Writes aside, then renames.
 
     Raises:
-      UserError: when storage fails.
+      UserError: when storage fails, or the vocabulary is none.
     """
-    aside = output.absolute().parent / f".{output.name}.partial"
     config = plan.config
-    with _storage(output):
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        if plan.config.stage == "align" and vocabulary.is_file():
-            shutil.copyfile(vocabulary, aside / VOCABULARY)
-            config.tokenizer.update(kind="wordpiece", path=str(aside / VOCABULARY))
-            config.tokenizer.update(_special_ids(vocabulary))
+    vocabulary = vocabulary if config.stage == "align" and vocabulary.is_file() else None
+    if vocabulary:
+        config.tokenizer.update(kind="wordpiece", path=str(vocabulary), **_special_ids(vocabulary))
+    known = inputs.identify(config)
+    if vocabulary:
+        config.tokenizer.path = str(output.absolute() / VOCABULARY)
+    meta = {
+        "stage": config.stage,
+        "config": config.to_dict(),
+        "inputs": known,
+        "version": instap_jax.__version__,
+        "converted": {"kind": report.kind, "source": report.source, "sha256": report.sha256},
+        # A run that takes this must draw exactly these itself.
+        "fresh": [] if plan.draw else list(plan.table.own),
+    }
+    file, overrides = (loaded.file, loaded.overrides) if loaded else ("", {})
+    aside = output.absolute().parent / f".{output.name}.partial"
     try:
-        known = inputs.identify(config)
-        if (aside / VOCABULARY).exists():
-            config.tokenizer.path = str(output.absolute() / VOCABULARY)
-        meta = {
-            "stage": config.stage,
-            "config": config.to_dict(),
-            "inputs": known,
-            "version": instap_jax.__version__,
-            "converted": {"kind": report.kind, "source": report.source, "sha256": report.sha256},
-            # A run that takes this must draw exactly these itself.
-            "fresh": [] if plan.draw else list(plan.table.own),
-        }
-        config_check.record(
-            LoadedConfig(
-                config=config,
-                file=loaded.file if loaded else "",
-                overrides=loaded.overrides if loaded else {},
-            ),
-            aside,
-        )
-        checkpoint.write_params(str(aside), state, meta=meta)
         with _storage(output):
+            shutil.rmtree(aside, ignore_errors=True)
+            config_check.record(LoadedConfig(config=config, file=file, overrides=overrides), aside)
+            checkpoint.write_params(str(aside), state, meta=meta)
+            if vocabulary:
+                shutil.copyfile(vocabulary, aside / VOCABULARY)
             report.write(aside / REPORT)
             os.rename(aside, output)
     finally:

@@ -111,7 +111,10 @@ def plan(weights: Weights, config: ConfigDict | None) -> Plan:
             "'encoder.patch_embed.proj.weight' (stage 1) nor 'vision_encoder.encoder...' (stage 2)"
         )
     sizes = _vision_sizes(weights, prefix)
-    guesses = {"vision.heads": max(sizes["vision.width"] // bert.CHANNELS, 1)}
+    guesses = {
+        "vision.heads": max(sizes["vision.width"] // bert.CHANNELS, 1),
+        "vision.image_size": 14 * sizes["vision.patch"],  # 224 px, as all that UMT published
+    }
     if stage == "align":
         sizes |= _align_sizes(weights)
         guesses["text.heads"] = max(sizes["text.width"] // bert.CHANNELS, 1)

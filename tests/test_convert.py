@@ -1,0 +1,252 @@
+"""Converted weights against the models that they come from, through the files that are written and
+the code with which training takes them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import foreign
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+from tiny import tiny_config
+
+from instap_jax import config_check, sharding
+from instap_jax.config_check import LoadedConfig
+from instap_jax.errors import UserError
+from instap_jax.interop.importing import convert
+from instap_jax.interop.keys import leaves
+from instap_jax.interop.report import Fate
+from instap_jax.models import layers, resize
+from instap_jax.models.text import text_mask
+from instap_jax.train import checkpoint, loop
+from instap_jax.train.initialise import initial_params
+from instap_jax.train.objectives import OBJECTIVES
+from instap_jax.train.state import with_sharding
+from instap_jax.train.stop import StopRequest
+
+LAYER, WHOLE = 1e-5, 1e-4  # largest absolute difference of a layer, and end to end
+
+
+def close(ours, theirs, tolerance):
+    theirs = theirs.detach().numpy() if isinstance(theirs, torch.Tensor) else theirs
+    np.testing.assert_allclose(np.asarray(ours), theirs, rtol=0, atol=tolerance)
+
+
+def given(config) -> LoadedConfig:
+    return LoadedConfig(config=config, file="test", overrides={})
+
+
+def on_one_device(abstract, config):
+    """The abstract parameters, placed as the training loop places them."""
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        return with_sharding(abstract, mesh)
+
+
+def test_interpolation_is_torchs():
+    random = np.random.default_rng(0)
+    for source, target in ((16, 14), (14, 16), (24, 14), (4, 9), (1, 3), (5, 5)):
+        table = random.normal(size=(1, 2, source, source))
+        options = {"mode": "bicubic", "align_corners": False}
+        expected = torch.nn.functional.interpolate(torch.tensor(table), (target, target), **options)
+        matrix = resize.bicubic(source, target)
+        np.testing.assert_allclose(matrix @ table @ matrix.T, expected, atol=1e-12)
+        expected = torch.nn.functional.interpolate(torch.tensor(table[0]), target, mode="linear")
+        np.testing.assert_allclose(table[0] @ resize.linear(source, target).T, expected, atol=1e-12)
+
+
+# The teacher.
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    """Directories with Hugging Face's and OpenAI's files of one CLIP, and what became of them."""
+    root = tmp_path_factory.mktemp("clips")
+    model = foreign.clip_model()
+    model.save_pretrained(root / "hf")
+    state = foreign.openai_weights(model)
+    foreign.save(state, root / "openai.pt")
+    visual = {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}
+    foreign.save(visual, root / "extracted.pth")
+    foreign.save(model.state_dict(), root / "hf.bin")
+    return root
+
+
+def teacher_config(directory: Path):
+    """Of a stage-1 run with the converted teacher, whose sizes are in the directory."""
+    config = tiny_config("stage1")
+    config.teacher = config_check.read(directory).teacher
+    config.teacher.checkpoint = str(directory)
+    return config
+
+
+def load_teacher(directory: Path):
+    """As the training loop does."""
+    config = teacher_config(directory)
+    objective = OBJECTIVES["distill"]
+    frozen = nnx.eval_shape(lambda: objective.create_frozen(config, nnx.Rngs(0)))
+    graphdef, abstract = nnx.split(frozen)
+    abstract = on_one_device(abstract, config)
+    params = checkpoint.read_params(
+        config.teacher.checkpoint, abstract, select=objective.frozen_path
+    )
+    return nnx.merge(graphdef, params)
+
+
+@pytest.mark.parametrize("size", [28, 21])
+def test_clip_equals_hugging_face(tmp_path, size):
+    """Trained at 28 px; the teacher runs at that size, or at a smaller one."""
+    theirs = foreign.clip_model()
+    theirs.save_pretrained(tmp_path / "hf")
+    config = tiny_config("teacher")
+    sizes = {"width": 128, "depth": 3, "heads": 2, "patch": 7, "projection": 12}
+    config.teacher.update(mlp_ratio=2.0, image_size=size, **sizes)
+    report = convert("clip", tmp_path / "hf", tmp_path / "out", given(config))
+    side = size // 7
+    if side != 4:
+        with torch.no_grad():  # as UMT's clip.py
+            table = theirs.vision_model.embeddings.position_embedding.weight
+            grid = table[1:].reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
+            grid = torch.nn.functional.interpolate(
+                grid, size=(side, side), mode="bicubic", align_corners=False
+            )
+            table = torch.cat([table[:1], grid.permute(0, 2, 3, 1).flatten(0, 2)])
+        state = theirs.state_dict()
+        state["vision_model.embeddings.position_embedding.weight"] = table
+        theirs = foreign.clip_model(size)
+        theirs.load_state_dict(state)
+    images = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32)
+    out = load_teacher(tmp_path / "out")(jnp.asarray(images), taps=3, attention=False)
+    with torch.no_grad():
+        pixels = torch.tensor(images).permute(0, 3, 1, 2)
+        expected = theirs.vision_model(pixels, output_hidden_states=True)
+        for tap, hidden in zip(out.taps, expected.hidden_states[1:], strict=True):
+            patches = theirs.vision_model.post_layernorm(hidden[:, 1:])
+            close(tap, theirs.visual_projection(patches), LAYER)
+        close(out.embedding, theirs.visual_projection(expected.pooler_output), WHOLE)
+    fates = {entry.name: entry.fate for entry in report.entries}
+    assert fates["visual.positions"] is (Fate.LOADED if side == 4 else Fate.INTERPOLATED)
+
+
+@pytest.mark.parametrize("name", ["openai.pt", "extracted.pth", "hf.bin"])
+def test_every_layout_of_a_clip_gives_the_same(clips, tmp_path, name):
+    if name == "hf.bin":  # no config.json beside: heads are taken for granted, and said so
+        report = convert("clip", clips / name, tmp_path / "out", None)
+        assert "teacher.heads=2" in report.assumed
+    else:
+        report = convert("clip", clips / name, tmp_path / "out", None)
+        assert report.sizes["teacher.heads"] == 2
+    convert("clip", clips / "hf", tmp_path / "reference", None)
+    assert config_check.read(tmp_path / "out").teacher.image_size == 98  # 14 patches a side
+    ours, reference = (leaves(nnx.state(load_teacher(tmp_path / d))) for d in ("out", "reference"))
+    assert ours.keys() == reference.keys()
+    for path, value in ours.items():
+        np.testing.assert_array_equal(value, reference[path], err_msg=path)
+
+
+def test_a_clip_report_accounts_for_every_tensor(clips, tmp_path):
+    report = convert("clip", clips / "openai.pt", tmp_path / "out", None)
+    state = foreign.openai_weights(foreign.clip_model())
+    written = json.loads((tmp_path / "out" / "convert_report.json").read_text())
+    entries = {entry["name"]: entry for entry in written["entries"]}
+    ignored = {name for name, entry in entries.items() if entry["fate"] == "ignored"}
+    assert ignored == {name for name in state if not name.startswith("visual.")}
+    ours = leaves(nnx.state(load_teacher(tmp_path / "out")))
+    assert entries.keys() - ignored == {f"visual.{path}" for path in ours}
+    arrays = sum(total["arrays"] for total in written["totals"].values())
+    assert arrays == len(ours) + len(ignored)
+    assert written["totals"]["interpolated"] == {"arrays": 1, "bytes": 197 * 128 * 4}
+    text = report.text()
+    assert "bicubic, 4 x 4 to 14 x 14" in text and "CLIP's text tower" in text
+
+
+def test_a_conversion_is_not_a_run_to_go_on_with(clips, tmp_path):
+    convert("clip", clips / "hf", tmp_path / "out", None)
+    step, meta = checkpoint.read_meta(str(tmp_path / "out"))
+    assert step == 0 and meta["converted"]["sha256"]
+    config = config_check.read(tmp_path / "out")
+    with pytest.raises(UserError, match="holds converted weights, not a run to go on with"):
+        loop.train(config, tmp_path / "out", StopRequest())
+
+
+def test_step_0_is_read_beside_a_newer_one(tmp_path):
+    for step in (0, 3):
+        state = nnx.State({"a": {"b": nnx.Param(np.full(2, step, np.float32))}})
+        checkpoint.write_params(str(tmp_path / str(step)), state, meta={})
+    shutil.copytree(tmp_path / "3/checkpoints/0", tmp_path / "0/checkpoints/3")
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state)
+    for step, expected in ((0, 0), (None, 3)):
+        read = checkpoint.read_params(str(tmp_path / "0"), abstract, step=step)
+        assert jax.tree.leaves(read)[0][0] == expected
+
+
+# The text encoder.
+
+
+def align_config(**changes):
+    config = tiny_config("stage2")
+    config.text.update(vocab_size=60, depth=3, fusion_layers=1, max_length=40)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def loaded_text(config, fresh_value: float = 0.25):
+    """The text encoder of a stage-2 run as it starts, where fresh parameters are all the same."""
+    objective = OBJECTIVES["align"]
+    model = nnx.eval_shape(lambda: objective.create(config, nnx.Rngs(0)))
+    graphdef, abstract = nnx.split(model)
+    fresh = jax.tree.map(lambda a: jnp.full(a.shape, fresh_value, a.dtype), abstract)
+    params = initial_params(config, objective, on_one_device(abstract, config), fresh)
+    assert jax.tree.structure(params) == jax.tree.structure(fresh)
+    return nnx.merge(graphdef, params)
+
+
+@pytest.mark.parametrize("kind", ["BertForMaskedLM", "BertModel", "BertForPreTraining"])
+def test_bert_equals_hugging_face(tmp_path, capsys, kind):
+    theirs = foreign.bert_model(getattr(transformers, kind))
+    theirs.save_pretrained(tmp_path / "hf")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(55))]
+    (tmp_path / "hf" / "vocab.txt").write_text("\n".join(words))
+    report = convert("bert", tmp_path / "hf", tmp_path / "out", given(align_config()))
+    vocabulary = str(tmp_path / "out" / "vocab.txt")
+    config = align_config(**{
+        "text.checkpoint": str(tmp_path / "out"), "tokenizer.kind": "wordpiece",
+        "tokenizer.path": vocabulary, "tokenizer.cls_id": 2, "tokenizer.mask_id": 4,
+    })  # fmt: skip
+    assert config_check.read(tmp_path / "out").tokenizer == config.tokenizer
+    model = loaded_text(config)
+    assert "init text: 42 arrays" in (out := capsys.readouterr().out), out
+    ids = np.random.default_rng(0).integers(1, 60, (2, 9)).astype(np.int32)
+    ids[1, 6:] = 0
+    body = theirs if kind == "BertModel" else theirs.bert
+    with torch.no_grad():
+        inputs = {"input_ids": torch.tensor(ids).long(), "attention_mask": torch.tensor(ids != 0)}
+        hidden = body(**inputs, output_hidden_states=True).hidden_states
+    text, mask = model.text, text_mask(jnp.asarray(ids))
+    seen = ids != 0
+    x = text.embeddings(jnp.asarray(ids))
+    close(x, hidden[0], LAYER)
+    for i in range(2):
+        x = layers.layer(text.blocks, i)(x, mask=mask)
+        close(np.asarray(x)[seen], hidden[i + 1][seen], LAYER)
+    close(np.asarray(text.encode(jnp.asarray(ids)).tokens)[seen], hidden[2][seen], WHOLE)
+    fusion = layers.layer(text.fusion_blocks, 0)  # its BERT half: the look at visual tokens is new
+    y = fusion.attention_norm(x + fusion.attention(x, mask=mask))
+    y = fusion.mlp_norm(y + fusion.mlp(y))
+    close(np.asarray(y)[seen], hidden[3][seen], LAYER)
+    fates = {entry.name: entry.fate for entry in report.entries}
+    fresh = {path for path, fate in fates.items() if fate is Fate.FRESH}
+    kept = {f"text.{k}" for k, v in leaves(nnx.state(text)).items() if bool((v == 0.25).all())}
+    assert fresh == kept
+    assert "text.fusion_blocks.cross.query" in fresh
+    if kind == "BertModel":
+        assert "text.mlm_head.bias" in fresh
+    else:
+        assert not any("mlm_head" in path for path in fresh)
+        expected = theirs.cls.predictions(hidden[3]).detach()
+        close(np.asarray(text.mlm_logits(y))[seen], expected[seen], WHOLE)
