@@ -33,6 +33,7 @@ def define_flags(values: flags.FlagValues) -> None:
     _define_retrieval_flags(values, text, number)
     text("probe_videos", "", "DIR:SPLIT of videos whose entities the probes are fitted on")
     text("probe_images", "", "the same for images")
+    number("attention_cases", 6, "attention: instances of every suite that are drawn", low=0)
     number("clips", 1, "classification: clips of a video that are averaged (UMT: 4)")
     number("crops", 1, "classification: crops of a frame that are averaged (UMT: 3)")
 

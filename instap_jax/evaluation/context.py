@@ -36,6 +36,7 @@ class Options:
       token_memory: GiB of host memory for the visual tokens that VTM reads.
       save_scores: keep embeddings and scores beside the results.
       probe_videos, probe_images: 'DIR:SPLIT' on which the probes of that kind are fitted.
+      attention_cases: instances of every suite whose attention maps are drawn.
       clips, crops: views of a video, and of a frame, that classification averages.
     """
 
@@ -52,6 +53,7 @@ class Options:
     save_scores: bool = False
     probe_videos: str = ""
     probe_images: str = ""
+    attention_cases: int = 6
     clips: int = 1
     crops: int = 1
 

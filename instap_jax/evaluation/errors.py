@@ -16,9 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from instap_jax.data.records import CorruptRecordError, RecordSource
 from instap_jax.errors import UserError
-from instap_jax.evaluation.strips import uniform_frames
 
 # In the order in which they are tried.
 CLASSES = {
@@ -109,35 +107,33 @@ class Error:
     reason: str
 
 
-def read_instances(source: RecordSource, frames: int) -> list[Instance]:
-    """The instances of a split, in the order of `SuiteFeatures.instance`.
+def describe_instances(
+    record: int,
+    captions: Sequence[str],
+    extras: Sequence[Mapping[str, Any]],
+    boxes: np.ndarray,
+    present: np.ndarray,
+) -> list[Instance]:
+    """The k instances of one sample.
 
-    Raises:
-      UserError: a record cannot be read.
+    Args:
+      record: which sample. captions: k texts. extras: k unknown keys of the annotation.
+      boxes: float32 [k, T, 4], fractions of the picture. present: bool [k, T].
     """
-    found = []
-    for index in range(len(source)):
-        try:
-            record = source[index]
-        except CorruptRecordError as error:
-            raise UserError(f"{error}; a suite is measured whole or not at all") from error
-        chosen = uniform_frames(record, frames)
-        boxes, present = record.boxes[:, chosen], record.present[:, chosen]
-        for place, captions in enumerate(record.instance_captions):
-            found.append(
-                Instance(
-                    record=index,
-                    place=place,
-                    caption=" ".join(caption.strip() for caption in captions),
-                    boxes=boxes[place],
-                    present=present[place],
-                    area=_mean_present(box_area(boxes[place]), present[place]),
-                    seen=float(present[place].mean()),
-                    covered=_mean_present(covered_share(boxes, present, place), present[place]),
-                    look=_look(record.instance_extra[place]),
-                )
-            )
-    return found
+    return [
+        Instance(
+            record=record,
+            place=place,
+            caption=captions[place],
+            boxes=boxes[place],
+            present=present[place],
+            area=_mean_present(box_area(boxes[place]), present[place]),
+            seen=float(present[place].mean()),
+            covered=_mean_present(covered_share(boxes, present, place), present[place]),
+            look=_look(extras[place]),
+        )
+        for place in range(len(captions))
+    ]
 
 
 def box_area(boxes: np.ndarray) -> np.ndarray:

@@ -102,7 +102,7 @@ def embed_suite(
         raise UserError(f"{directory}:{split} has no {kind} samples: there is nothing to measure")
     frames = (frames or encoder.config.data.frames) if kind is Kind.VIDEO else 1
     workers = encoder.config.data.workers if workers is None else workers
-    batches = functools.partial(_batches, encoder, source, frames, batch_size, workers)
+    batches = functools.partial(suite_batches, encoder, source, frames, batch_size, workers)
     found: dict[str, list[np.ndarray]] = collections.defaultdict(list)
     facts: list[Facts] = []
     kept = _Kept(encoder, len(source), token_limit)
@@ -111,7 +111,7 @@ def embed_suite(
             out = encoder.embed(encoder.put(step.batch), tokens=kept.wanted)
             kept.add(out.pop("tokens", None))
             out = jax.device_get(out)
-            _refuse_faults(out, source)
+            refuse_faults(out, source)
             valid = out["sample_valid"]
             out["parent"] = _parents(out, step, before=len(facts))
             for name in out.keys() - set(PASSED_KEYS) | {"parent"}:
@@ -134,10 +134,10 @@ def embed_suite(
     return dataclasses.replace(features, instance_text=encoder.embed_texts(sentences))
 
 
-def _batches(
+def suite_batches(
     encoder: Encoder, source: RecordSource, frames: int, batch_size: int, workers: int
 ) -> Iterator[SuiteBatch]:
-    """The batches of this host. Instance slots only ever grow: few shapes are compiled."""
+    """This host's batches of a split. Instance slots only ever grow: few shapes are compiled."""
     shards, budget = sharding.data_shards(encoder.mesh), 1
     size = batch_size // shards
     steps = read_suite(
@@ -179,7 +179,8 @@ def _of_all_hosts(facts: list[Facts]) -> list[Facts]:
     return [one for row, size in zip(rows, sizes) for one in pickle.loads(row[:size].tobytes())]
 
 
-def _refuse_faults(out: dict[str, np.ndarray], source: RecordSource) -> None:
+def refuse_faults(out: dict[str, np.ndarray], source: RecordSource) -> None:
+    """Raises UserError where `fault` of `out`, flat over samples, names an unreadable `record`."""
     for place in np.flatnonzero(out["fault"]):
         record, fault = int(out["record"][place]), Fault(int(out["fault"][place]))
         raise UserError(
