@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 _STILL = {"align.still_boxes": True}
+_SAMPLING = {"data.caption_sampling": "epoch"}
 _NO_SAMPLING = _STILL | {"data.caption_sampling": "first"}
 _SAME_WEIGHT = _NO_SAMPLING | {"align.instance": 1.0}
 
@@ -20,12 +21,13 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "table5_instances": _SAME_WEIGHT | {"align.own_temperature": False},
     "table5_temperature": _SAME_WEIGHT,
     "table5_lambda": _NO_SAMPLING | {"align.instance": 0.1},
-    "table5_sampling": _STILL | {"align.instance": 0.1},
-    "table5_trajectories": {"align.instance": 0.1},
+    "table5_sampling": _STILL | _SAMPLING | {"align.instance": 0.1},
+    "table5_trajectories": _SAMPLING | {"align.instance": 0.1},
     # One change each.
     "shared_temperature": {"align.own_temperature": False},
     "lambda_1": {"align.instance": 1.0},
     "whole_captions": {"data.caption_sampling": "first"},
+    "sentences": _SAMPLING,
     "still_boxes": _STILL,
     "sigmoid": {"contrastive.loss": "sigmoid"},
     "siblings": {"align.alpha": 1.0},
