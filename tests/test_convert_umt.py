@@ -111,7 +111,10 @@ def test_every_published_key_has_its_place_and_shape(size):
             rows.setdefault(row.ours, []).append(row.layer)
         assert rows.keys() | set(table.own) == shapes.keys() and not rows.keys() & set(table.own)
         for path, layers in rows.items():
-            assert layers in ([None], list(range(shapes[path][0]))), path
+            stacked = [None] if layers == [None] else list(range(shapes[path][0]))
+            assert layers == stacked and ("blocks." in path or "heads." in path) != (
+                layers == [None]
+            ), path
         own = {path.split(".")[0] for path in table.own}
         assert own == (set() if stage == "distill" else {"cross_attention", "instance_temperature"})
 
