@@ -7,7 +7,7 @@ from absl import flags
 from instap_jax import config_check
 from instap_jax.errors import UserError
 
-SOURCES = ("clip", "bert", "umt")
+SOURCES = ("clip", "bert", "umt", "torch")
 TARGETS = ("torch", "umt")
 
 
@@ -46,9 +46,10 @@ def _export(layout: str, workdir: str, output: Path, values: flags.FlagValues) -
     if values["config"].value is not None:
         raise UserError("--config is for --from; a run has its own configuration")
     from instap_jax.interop.export import export
+    from instap_jax.interop.report import table
 
     written = export(Path(workdir), output, layout=layout)
-    print(f"{output}: {len(written)} tensors")
+    print("\n".join([f"{workdir} -> {layout}", *table(written), f"{output}: done"]))
 
 
 def _choose(flag: str, value: str, choices: tuple[str, ...]) -> None:

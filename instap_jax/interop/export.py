@@ -5,7 +5,6 @@ nothing appears under the output's name: a directory beside it is renamed when a
 """
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 import json
@@ -21,60 +20,18 @@ from ml_collections import ConfigDict
 from instap_jax import config_check
 from instap_jax.errors import UserError
 from instap_jax.interop import instap, keys, umt
+from instap_jax.interop.report import Entry, Fate, as_json, totals
 from instap_jax.interop.safetensors_file import SafetensorsWriter
 from instap_jax.models import preprocess
 from instap_jax.progress import Progress
 from instap_jax.train import checkpoint, inputs
 from instap_jax.train.objectives import OBJECTIVES, term_weights
 
-FORMAT = "instap-torch-1"  # of config.json; `torch_model.FORMAT`
 MODULE = "torch_model.py"
-TOKENIZER_FILES = {"sentencepiece": "tokenizer.model", "wordpiece": "vocab.txt"}
-
-# Every field of the sections that describe the model. FORWARD: what it computes depends on these,
-# and torch_model.py reads them. TRAINING: it does not. A field in neither is one that this export
-# has never heard of: refused, for what it does would silently be missing.
-FORWARD = {
-    "vision": ("width", "depth", "heads", "mlp_ratio", "patch", "image_size"),
-    "text": ("vocab_size", "width", "depth", "fusion_layers", "heads", "mlp_ratio", "max_length"),
-    "align": (
-        "projection", "own_temperature", "crop_size", "still_boxes", "cross_attention",
-        "cross_attention_depth", "cross_attention_heads", "scene_anchor", "crop_context",
-        "size_code", "motion_code",
-    ),
-    "contrastive": ("loss", "temperature_range"),
-}  # fmt: skip
-TRAINING = {
-    "vision": ("drop_path",),
-    "text": ("dropout", "checkpoint"),
-    "align": (
-        "rec", "vtc", "vtm", "mlm", "instance", "inst_vtc", "inst_vtm", "inst_mlm",
-        "mask_ratio_video", "mask_ratio_image", "mlm_ratio", "alpha", "crop_mask_ratio",
-        "global_instances", "cross_attention_scale",
-    ),
-    "contrastive": ("temperature", "bias"),
-}  # fmt: skip
+REPORT = "convert_report.json"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportedKey:
-    """One tensor that was written.
-
-    Attributes:
-      file: in the output directory. key: in that file. shape: there.
-      ours: dotted path of our parameter; '' for a buffer that is none. layer: of a stacked one.
-      how: the layout's transform, 'tied' for another name of a tensor, 'constant' for a buffer.
-    """
-
-    file: str
-    key: str
-    shape: tuple[int, ...]
-    ours: str
-    layer: int | None
-    how: str
-
-
-def export(workdir: Path, out: Path, *, layout: str) -> list[ExportedKey]:
+def export(workdir: Path, out: Path, *, layout: str) -> list[Entry]:
     """Writes the newest checkpoint of a run for PyTorch.
 
     Args:
@@ -86,7 +43,7 @@ def export(workdir: Path, out: Path, *, layout: str) -> list[ExportedKey]:
         `instap_extra.pth`, what UMT has no place for; needs torch.
 
     Returns:
-      Every tensor written.
+      Every tensor written, by its name in the file.
 
     Raises:
       UserError: no such run, one of another stage, an option of it that PyTorch's side does not
@@ -108,15 +65,18 @@ def export(workdir: Path, out: Path, *, layout: str) -> list[ExportedKey]:
         if layout == "torch":
             _write_json(aside / "config.json", describe(config, step))
             shutil.copyfile(Path(__file__).with_name(MODULE), aside / MODULE)
-            name = TOKENIZER_FILES[config.tokenizer.kind]
+            name = instap.TOKENIZER_FILES[config.tokenizer.kind]
             shutil.copyfile(config.tokenizer.path, aside / name)
-        _write_json(aside / "report.json", [dataclasses.asdict(key) for key in written])
+        content = {"source": str(workdir), "step": step, "totals": totals(written)}
+        _write_json(aside / REPORT, content | {"entries": as_json(written)})
     return written
 
 
 def describe(config: ConfigDict, step: int) -> dict:
     """The `config.json` of an export: everything that `torch_model.InstAP` is built from."""
-    sections = {name: {key: config[name][key] for key in FORWARD[name]} for name in FORWARD}
+    sections = {
+        name: {key: config[name][key] for key in fields} for name, fields in instap.FORWARD.items()
+    }
     align = sections["align"]
     align["crop_size"] = align["crop_size"] or config.vision.image_size
     # Where training had no equation (8), an instance's embedding is its crop's (evaluation).
@@ -125,11 +85,11 @@ def describe(config: ConfigDict, step: int) -> dict:
     mean, deviation = preprocess.IMAGENET
     tokenizer = {
         "kind": config.tokenizer.kind,
-        "file": TOKENIZER_FILES[config.tokenizer.kind],
+        "file": instap.TOKENIZER_FILES[config.tokenizer.kind],
         "length": config.tokenizer.length,
     }
     return {
-        "format": FORMAT,
+        "format": instap.FORMAT,
         **sections,
         "distill": {"layers": config.distill.layers},
         "teacher": {"projection": config.teacher.projection},
@@ -147,8 +107,8 @@ def describe(config: ConfigDict, step: int) -> dict:
 
 
 def _refuse_unknown_options(config: ConfigDict, workdir: Path) -> None:
-    for section in FORWARD:
-        unknown = set(config[section]) - {*FORWARD[section], *TRAINING[section]}
+    for section in instap.FORWARD:
+        unknown = set(config[section]) - {*instap.FORWARD[section], *instap.TRAINING[section]}
         if unknown:
             raise UserError(
                 f"{workdir}: the export does not know what config.{section}.{min(unknown)} does to "
@@ -156,13 +116,13 @@ def _refuse_unknown_options(config: ConfigDict, workdir: Path) -> None:
             )
 
 
-def _write_ours(stored: checkpoint.StoredParams, out: Path) -> list[ExportedKey]:
+def _write_ours(stored: checkpoint.StoredParams, out: Path) -> list[Entry]:
     table, file = instap.table(stored.shapes), "model.safetensors"
     with SafetensorsWriter(out / file, table.shapes()) as writer:
         return _convert(stored, table.rows, file, writer.write)
 
 
-def _write_umt(stored: checkpoint.StoredParams, out: Path) -> list[ExportedKey]:
+def _write_umt(stored: checkpoint.StoredParams, out: Path) -> list[Entry]:
     torch = _torch()
     table = umt.table("align", stored.shapes)
     extra = [row for row in instap.table(stored.shapes).rows if row.ours in table.own]
@@ -177,10 +137,12 @@ def _write_umt(stored: checkpoint.StoredParams, out: Path) -> list[ExportedKey]:
         if rows is table.rows:
             for key, origin in table.tied.items():
                 state[key] = state[origin]
-                written.append(_added(file, key, state[key].shape, "tied"))
+                note = f"{file}: another name of {origin}"
+                written.append(Entry(Fate.LOADED, key, tuple(state[key].shape), note, 0))
             for key, value in table.constants.items():
                 state[key] = torch.from_numpy(value)
-                written.append(_added(file, key, value.shape, "constant"))
+                note = f"{file}: a buffer of UMT's, no parameter"
+                written.append(Entry(Fate.FRESH, key, value.shape, note, value.nbytes))
         torch.save({"model": state}, out / file)
     return written
 
@@ -190,7 +152,7 @@ def _convert(
     rows: Sequence[keys.Row],
     file: str,
     write: Callable[[str, np.ndarray], None],
-) -> list[ExportedKey]:
+) -> list[Entry]:
     """Reads the parameters of the rows one after the other and writes their foreign tensors."""
     written = []
     with Progress(f"write {file}", len(rows), unit="layers") as progress:
@@ -205,22 +167,16 @@ def _convert(
                 tensors = row.to_theirs(array if row.layer is None else array[row.layer])
                 for key, tensor in tensors.items():
                     write(key, tensor)
-                    written.append(
-                        ExportedKey(
-                            file=file,
-                            key=key,
-                            shape=tensor.shape,
-                            ours=name,
-                            layer=row.layer,
-                            how=row.transform.name,
-                        )
-                    )
+                    written.append(_entry(file, key, tensor, row))
                 progress.update()
     return written
 
 
-def _added(file: str, key: str, shape: Sequence[int], how: str) -> ExportedKey:
-    return ExportedKey(file=file, key=key, shape=tuple(shape), ours="", layer=None, how=how)
+def _entry(file: str, key: str, tensor: np.ndarray, row: keys.Row) -> Entry:
+    ours = row.ours if row.layer is None else f"{row.ours}[{row.layer}]"
+    how = row.transform.name
+    fate = Fate.LOADED if how == "same" else Fate.RESHAPED
+    return Entry(fate, key, tensor.shape, f"{file}: of {ours}, {how}", tensor.nbytes)
 
 
 def _torch():

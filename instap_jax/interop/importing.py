@@ -19,8 +19,9 @@ from ml_collections import ConfigDict
 import instap_jax
 from instap_jax import config_check
 from instap_jax.config_check import LoadedConfig
+from instap_jax.data.tokenizer import load_tokenizer
 from instap_jax.errors import UserError
-from instap_jax.interop import bert, clip, reading, umt
+from instap_jax.interop import bert, clip, instap, reading, umt
 from instap_jax.interop.keys import Row, Shape, leaves
 from instap_jax.interop.plan import Plan
 from instap_jax.interop.reading import Weights
@@ -32,14 +33,14 @@ KINDS: dict[str, Callable[[Weights, ConfigDict | None], Plan]] = {
     "clip": clip.plan,
     "bert": bert.plan,
     "umt": umt.plan,
+    "torch": instap.plan,
 }
-VOCABULARY = "vocab.txt"
 REPORT = "convert_report.json"
 
 
 def convert(kind: str, source: Path, output: Path, loaded: LoadedConfig | None) -> Report:
-    """Writes `output`: `config.json`, `checkpoints/0`, `convert_report.json`, and `vocab.txt` where
-    the source has one.
+    """Writes `output`: `config.json`, `checkpoints/0`, `convert_report.json`, and the vocabulary
+    that lies beside the source.
 
     Args:
       kind: in `KINDS`.
@@ -68,7 +69,7 @@ def convert(kind: str, source: Path, output: Path, loaded: LoadedConfig | None) 
         beside=weights.beside,
         entries=(*entries, *ignored),
     )
-    _write(plan, report, state, output, file.parent / VOCABULARY, loaded)
+    _write(plan, report, state, output, _vocabulary(plan.config, file.parent), loaded)
     return report
 
 
@@ -212,7 +213,7 @@ def _write(
     report: Report,
     state: nnx.State,
     output: Path,
-    vocabulary: Path,
+    vocabulary: Path | None,
     loaded: LoadedConfig | None,
 ) -> None:
     """Writes aside, then renames.
@@ -221,12 +222,9 @@ def _write(
       UserError: when storage fails, or the vocabulary is none.
     """
     config = plan.config
-    vocabulary = vocabulary if config.stage == "align" and vocabulary.is_file() else None
-    if vocabulary:
-        config.tokenizer.update(kind="wordpiece", path=str(vocabulary), **_special_ids(vocabulary))
     known = inputs.identify(config)
     if vocabulary:
-        config.tokenizer.path = str(output.absolute() / VOCABULARY)
+        config.tokenizer.path = str(output.absolute() / vocabulary.name)
     meta = {
         "stage": config.stage,
         "config": config.to_dict(),
@@ -244,18 +242,26 @@ def _write(
             config_check.record(LoadedConfig(config=config, file=file, overrides=overrides), aside)
             checkpoint.write_params(str(aside), state, meta=meta)
             if vocabulary:
-                shutil.copyfile(vocabulary, aside / VOCABULARY)
+                shutil.copyfile(vocabulary, aside / vocabulary.name)
             report.write(aside / REPORT)
             os.rename(aside, output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _special_ids(vocabulary: Path) -> dict[str, int]:
-    words = vocabulary.read_text().splitlines()
-    if "[CLS]" not in words or "[MASK]" not in words:
-        raise UserError(f"{vocabulary}: has no [CLS] or no [MASK]: not a BERT vocabulary")
-    return {"cls_id": words.index("[CLS]"), "mask_id": words.index("[MASK]")}
+def _vocabulary(config: ConfigDict, folder: Path) -> Path | None:
+    """The tokenizer's file beside the weights, which the configuration then names.
+
+    Raises:
+      UserError: when it is damaged.
+    """
+    for kind, name in instap.TOKENIZER_FILES.items():
+        if config.stage == "align" and (folder / name).is_file():
+            config.tokenizer.update(kind=kind, path=str(folder / name))
+            words = load_tokenizer(config.tokenizer)
+            config.tokenizer.update(cls_id=words.cls_id, mask_id=words.mask_id)
+            return folder / name
+    return None
 
 
 @contextlib.contextmanager

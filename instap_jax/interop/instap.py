@@ -1,7 +1,15 @@
-"""Our own layout in PyTorch (`torch_model.py`): UMT's names, and names for what UMT has not."""
+"""Our own layout in PyTorch (`torch_model.py`): UMT's names, and names for what UMT has not.
+
+A directory of it is what `export.py` writes; `plan` reads one back.
+"""
 
 from collections.abc import Mapping
 
+from flax import nnx
+from ml_collections import ConfigDict
+
+from instap_jax.config_check import flatten
+from instap_jax.errors import UserError
 from instap_jax.interop import umt
 from instap_jax.interop.keys import (
     HEADS,
@@ -13,6 +21,36 @@ from instap_jax.interop.keys import (
     norm,
     resolve,
 )
+from instap_jax.interop.plan import Plan, assumed, fit, shapes_of
+from instap_jax.interop.reading import Weights, read_config
+from instap_jax.train.objectives import OBJECTIVES
+
+FORMAT = "instap-torch-1"  # of config.json; `torch_model.FORMAT`
+TOKENIZER_FILES = {"sentencepiece": "tokenizer.model", "wordpiece": "vocab.txt"}
+
+# Every field of the sections that describe the model. FORWARD: what it computes depends on these,
+# and torch_model.py reads them. TRAINING: it does not. A field in neither is one that this export
+# has never heard of: refused, for what it does would silently be missing.
+FORWARD = {
+    "vision": ("width", "depth", "heads", "mlp_ratio", "patch", "image_size"),
+    "text": ("vocab_size", "width", "depth", "fusion_layers", "heads", "mlp_ratio", "max_length"),
+    "align": (
+        "projection", "own_temperature", "crop_size", "still_boxes", "cross_attention",
+        "cross_attention_depth", "cross_attention_heads", "scene_anchor", "crop_context",
+        "size_code", "motion_code",
+    ),
+    "contrastive": ("loss", "temperature_range"),
+}  # fmt: skip
+TRAINING = {
+    "vision": ("drop_path",),
+    "text": ("dropout", "checkpoint"),
+    "align": (
+        "rec", "vtc", "vtm", "mlm", "instance", "inst_vtc", "inst_vtm", "inst_mlm",
+        "mask_ratio_video", "mask_ratio_image", "mlm_ratio", "alpha", "crop_mask_ratio",
+        "global_instances", "cross_attention_scale",
+    ),
+    "contrastive": ("temperature", "bias"),
+}  # fmt: skip
 
 
 def table(shapes: Mapping[str, Shape]) -> Table:
@@ -51,3 +89,39 @@ def own_rules(shapes: Mapping[str, Shape]) -> list[Rule]:
         Rule("instance_contrastive_bias", ("instance_contrastive_bias",)),
     ]
     return [rule for rule in rules if rule.ours in shapes]
+
+
+def plan(weights: Weights, config: ConfigDict | None) -> Plan:
+    """An export of ours as a run of stage 'align'.
+
+    Raises:
+      UserError: no such export, or it does not fit the configuration.
+    """
+    described = read_config(weights.path) or {}
+    if described.get("format") != FORMAT:
+        raise UserError(f"{weights.path}: no config.json of format {FORMAT!r} beside it")
+    wanted = [f"{section}.{key}" for section, keys in FORWARD.items() for key in keys]
+    wanted += ["distill.layers", "teacher.projection", "tokenizer.kind", "tokenizer.length"]
+    flat = flatten(described)
+    if missing := [key for key in wanted if key not in flat]:
+        raise UserError(f"{weights.path.parent}/config.json: {missing[0]!r} is missing")
+    sizes = {k: tuple(flat[k]) if isinstance(flat[k], list) else flat[k] for k in wanted}
+    if sizes["align.crop_size"] == sizes["vision.image_size"]:
+        del sizes["align.crop_size"]  # which is what an unset one means
+    trained = flat.get("align.instance_embedding") == "contextual"
+    side = flat["vision.image_size"] // flat["vision.patch"]
+    guesses = {"align.instance": 0.1 if trained else 0.0, "teacher.image_size": 14 * side}
+    fitted = fit(config, "align", weights, sizes, guesses)
+
+    def create(rngs: nnx.Rngs) -> nnx.Module:
+        return OBJECTIVES["align"].create(fitted, rngs)
+
+    return Plan(
+        kind="torch (our own export)",
+        config=fitted,
+        create=create,
+        table=table(shapes_of(create)),
+        draw=True,
+        sizes=sizes,
+        assumed=assumed(fitted, guesses),
+    )

@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,29 +58,11 @@ class Report:
 
     def totals(self) -> dict[str, dict[str, int]]:
         """Fate -> {'arrays', 'bytes'}."""
-        return {
-            fate.value: {
-                "arrays": sum(entry.fate is fate for entry in self.entries),
-                "bytes": sum(entry.size for entry in self.entries if entry.fate is fate),
-            }
-            for fate in Fate
-        }
+        return totals(self.entries)
 
     def text(self) -> str:
         """The table, and every tensor that is not simply there; kinds of tensors in one line."""
-        lines = [f"{self.kind} -> stage {self.stage!r}", f"{'':<14}{'arrays':>8}{'bytes':>16}"]
-        lines += [
-            f"{fate:<14}{total['arrays']:>8}{total['bytes']:>16,}"
-            for fate, total in self.totals().items()
-        ]
-        for fate in (Fate.INTERPOLATED, Fate.FRESH, Fate.IGNORED):
-            notes: dict[str, list[str]] = {}
-            for entry in self.entries:
-                if entry.fate is fate:
-                    notes.setdefault(entry.note, []).append(entry.name)
-            for note, names in notes.items():
-                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                lines.append(f"{fate.value}: {names[0]}{more}: {note}")
+        lines = [f"{self.kind} -> stage {self.stage!r}", *table(self.entries)]
         lines += [f"from the file: {', '.join(f'{k}={v}' for k, v in self.sizes.items())}"]
         lines += [f"assumed: {what}" for what in self.assumed]
         if self.beside:
@@ -90,7 +73,39 @@ class Report:
         """Everything, as JSON."""
         content = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         content["totals"] = self.totals()
-        content["entries"] = [
-            dataclasses.asdict(entry) | {"fate": entry.fate.value} for entry in self.entries
-        ]
+        content["entries"] = as_json(self.entries)
         path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def totals(entries: Sequence[Entry]) -> dict[str, dict[str, int]]:
+    """Fate -> {'arrays', 'bytes'}."""
+    return {
+        fate.value: {
+            "arrays": sum(entry.fate is fate for entry in entries),
+            "bytes": sum(entry.size for entry in entries if entry.fate is fate),
+        }
+        for fate in Fate
+    }
+
+
+def table(entries: Sequence[Entry]) -> list[str]:
+    """Lines of the totals, and of every tensor that is not simply there."""
+    lines = [f"{'':<14}{'arrays':>8}{'bytes':>16}"]
+    lines += [
+        f"{fate:<14}{total['arrays']:>8}{total['bytes']:>16,}"
+        for fate, total in totals(entries).items()
+    ]
+    for fate in (Fate.INTERPOLATED, Fate.FRESH, Fate.IGNORED):
+        notes: dict[str, list[str]] = {}
+        for entry in entries:
+            if entry.fate is fate:
+                notes.setdefault(entry.note, []).append(entry.name)
+        for note, names in notes.items():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            lines.append(f"{fate.value}: {names[0]}{more}: {note}")
+    return lines
+
+
+def as_json(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Everything of the entries."""
+    return [dataclasses.asdict(entry) | {"fate": entry.fate.value} for entry in entries]
