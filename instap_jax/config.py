@@ -38,6 +38,7 @@ def default() -> ConfigDict:
     c.compute = _compute()
     c.checkpoint = _checkpoint()
     c.log = _log()
+    c.evaluation = _evaluation()
     return c
 
 
@@ -98,6 +99,12 @@ def _vision() -> ConfigDict:
     c.patch = 16
     c.image_size = 224
     c.drop_path = 0.2  # of the last layer, rising linearly from 0 (UMT)
+    # Frames of a clip, and pixels a side, that the weights learned the fixed position table for.
+    # Set: clips of other lengths interpolate it linearly in time (UMT: ckpt_num_frame), pictures
+    # of other sizes bicubically (UMT: interpolate_pos_embed_online). Unset: the table is computed
+    # for the length and size at hand, as in every configuration that UMT published.
+    c.position_frames = placeholder(int)
+    c.position_size = placeholder(int)
     return c
 
 
@@ -264,6 +271,7 @@ def _checkpoint() -> ConfigDict:
     c.keep = 3
     # Initial parameters from another run's workdir when this workdir has no checkpoint yet.
     c.init_from = placeholder(str)
+    c.init_which = "newest"  # of that run's checkpoints: 'newest' or 'best' (by `evaluation`)
     return c
 
 
@@ -272,6 +280,21 @@ def _log() -> ConfigDict:
     c.every = 20  # steps between lines of metrics.jsonl
     c.tensorboard = True
     c.wandb_project = placeholder(str)  # needs the extra [wandb]
+    return c
+
+
+def _evaluation() -> ConfigDict:
+    """Retrieval during training on validation splits, and the best checkpoint by it. Off unless
+    `every` is set. Test suites are refused: a checkpoint chosen on one is not measured by it."""
+    c = ConfigDict()
+    c.every = placeholder(int)  # steps
+    c.videos = ""  # 'DIR:SPLIT' of packed data, separated by commas
+    c.images = ""
+    # SPLIT/global or SPLIT/instance, then mean_recall or as t2v/R@1: more is better; the
+    # checkpoint with the most is kept in `checkpoints-best`. Unset: none is kept.
+    c.metric = placeholder(str)
+    c.frames = placeholder(int)  # T of a clip; unset: data.frames
+    c.batch_size = 32  # samples a step; rounded up to a multiple of the data shards
     return c
 
 

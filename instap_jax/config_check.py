@@ -32,6 +32,7 @@ CHOICES = {
     "contrastive.loss": ("softmax", "sigmoid"),
     "compute.dtype": ("bfloat16", "float32"),
     "compute.remat": ("none", "dots", "all"),
+    "checkpoint.init_which": ("newest", "best"),
 }
 
 POSITIVE = (
@@ -69,6 +70,7 @@ POSITIVE = (
     "checkpoint.every",
     "checkpoint.keep",
     "log.every",
+    "evaluation.batch_size",
 )
 
 # Weights of the terms of stage 'align', and fractions that leave something over.
@@ -100,7 +102,16 @@ NON_NEGATIVE = (
     *WEIGHTS,
 )
 # Positive where they are set at all.
-OPTIONAL = ("stop_at", "data.group_size", "optimizer.reference_batch", "optimizer.clip_norm")
+OPTIONAL = (
+    "stop_at",
+    "data.group_size",
+    "optimizer.reference_batch",
+    "optimizer.clip_norm",
+    "vision.position_frames",
+    "vision.position_size",
+    "evaluation.every",
+    "evaluation.frames",
+)
 # Key -> (smallest, largest) of each member; all but canvas and betas rise.
 TUPLES = {
     "data.canvas": (1, 1 << 14),
@@ -123,7 +134,14 @@ MAY_CHANGE = (
     "checkpoint.every",
     "checkpoint.keep",
     "log",
+    "evaluation",
 )
+
+# Words of a split's name that mark it as a test suite: no checkpoint is chosen on one.
+TEST_WORDS = ("test", "1k", "10k")
+TEST_SPLITS = ("msrvtt", "didemo", "msvd", "lsmdc", "activitynet")
+# metric of `evaluation.metric` after the split.
+_METRIC = re.compile(r"(global|instance)/(mean_recall|(t2v|v2t)/R@(1|5|10))")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +191,7 @@ def _make_absolute(config: ConfigDict) -> None:
     """So that the run goes on, and is evaluated, from any directory."""
     flat = flatten(config)
     changed = {key: absolute(flat[key]) for key in PATHS if flat[key]}
-    for key in ("data.videos", "data.images"):
+    for key in ("data.videos", "data.images", "evaluation.videos", "evaluation.images"):
         parts = (part.strip() for part in flat[key].split(",") if part.strip())
         changed[key] = ",".join(absolute(part) for part in parts)
     config.update_from_flattened_dict(changed)
@@ -242,6 +260,8 @@ def _relation_faults(config: ConfigDict) -> list[str]:
         part = c[name]
         if part.image_size % part.patch:
             faults.append(f"{name}.image_size={part.image_size} is no multiple of its patch")
+    if (c.vision.position_size or 0) % c.vision.patch:
+        faults.append(f"vision.position_size={c.vision.position_size} is no multiple of its patch")
     for name in ("vision", "teacher", "text"):
         if c[name].width % c[name].heads:
             faults.append(f"{name}.width={c[name].width} is no multiple of its heads")
@@ -262,7 +282,54 @@ def _relation_faults(config: ConfigDict) -> list[str]:
         if c.distill.layers > min(c.vision.depth, c.teacher.depth):
             faults.append(f"distill.layers={c.distill.layers} is more than the depth")
     of_stage = {"align": _align_faults, "ground": _ground_faults, "classify": _classify_faults}
-    return faults + (of_stage[c.stage](c) if c.stage in of_stage else [])
+    faults += of_stage[c.stage](c) if c.stage in of_stage else []
+    return faults + _evaluation_faults(c)
+
+
+def _evaluation_faults(c: ConfigDict) -> list[str]:
+    """Faults of retrieval during training."""
+    if c.evaluation.every is None:
+        return []
+    if c.stage not in ("teacher", "distill", "align"):
+        return [f"evaluation.every: stage {c.stage!r} embeds no clips and texts to retrieve"]
+    splits, faults = set(), []
+    for key in ("videos", "images"):
+        trained = {_corpus(part) for part in c.data[key].split(",")}
+        for part in filter(None, map(str.strip, c.evaluation[key].split(","))):
+            directory, split = _corpus(part)
+            splits.add(split)
+            if set(split.split("_")) & set(TEST_WORDS) or split in TEST_SPLITS:
+                faults.append(
+                    f"evaluation.{key}: {split!r} is a test suite; choose checkpoints on a "
+                    "validation split"
+                )
+            if (directory, split) in trained:
+                faults.append(f"evaluation.{key}: {part} is trained on")
+    if not splits:
+        faults.append(
+            "evaluation.every is set, but evaluation.videos and evaluation.images are empty"
+        )
+    return faults + _metric_faults(c, splits)
+
+
+def _metric_faults(c: ConfigDict, splits: set[str]) -> list[str]:
+    if c.evaluation.metric is None:
+        return []
+    split, _, rest = c.evaluation.metric.partition("/")
+    if split not in splits or not _METRIC.fullmatch(rest):
+        return [
+            f"evaluation.metric={c.evaluation.metric!r} must be SPLIT/global or SPLIT/instance and "
+            f"then mean_recall or as t2v/R@1, SPLIT one of {', '.join(sorted(splits)) or 'none'}"
+        ]
+    if rest.startswith("instance") and c.stage != "align":
+        return [f"evaluation.metric: stage {c.stage!r} embeds no instances"]
+    return []
+
+
+def _corpus(part: str) -> tuple[str, str]:
+    """(directory, split) of 'DIR:SPLIT=WEIGHT', as the pipeline reads it."""
+    directory, _, split = part.strip().partition("=")[0].rpartition(":")
+    return absolute(directory), split.replace("-", "_")
 
 
 def _align_faults(c: ConfigDict) -> list[str]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import torch_reference
 import transformers
 from flax import nnx
 from tiny import tiny_config
@@ -18,10 +19,11 @@ from tiny import tiny_config
 from instap_jax import config_check, sharding
 from instap_jax.config_check import LoadedConfig
 from instap_jax.errors import UserError
+from instap_jax.interop import torch_model
 from instap_jax.interop.importing import convert
 from instap_jax.interop.keys import leaves
 from instap_jax.interop.report import Fate
-from instap_jax.models import layers, resize
+from instap_jax.models import layers, resize, vision
 from instap_jax.models.text import text_mask
 from instap_jax.train import checkpoint, loop
 from instap_jax.train.initialise import initial_params
@@ -58,6 +60,45 @@ def test_interpolation_is_torchs():
         np.testing.assert_allclose(matrix @ table @ matrix.T, expected, atol=1e-12)
         expected = torch.nn.functional.interpolate(torch.tensor(table[0]), target, mode="linear")
         np.testing.assert_allclose(table[0] @ resize.linear(source, target).T, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("frames", [2, 3, 5, 1])
+def test_positions_are_interpolated_as_umt_does(frames):
+    """From a table for 3 frames of 4 x 4 patches: fewer frames, as many, more, an image."""
+    width, trained, side = 12, 3, 4
+    table = torch.tensor(torch_reference.sinusoid(trained * side**2, width))
+    if frames == 1:  # img_pos_embed of backbones/vit/vit.py
+        table = table[: side**2]
+    else:  # get_sinusoid_encoding_table of backbones/vit/vit.py
+        table = table.reshape(1, trained, side, side, width).permute(0, 2, 3, 4, 1)
+        table = table.reshape(-1, width, trained)
+        table = torch.nn.functional.interpolate(table, size=frames, mode="linear")
+        table = table.reshape(side, side, width, frames).permute(3, 0, 1, 2).reshape(-1, width)
+    grid = vision.PositionGrid(frames=trained, side=side)
+    codes = vision.position_codes(frames, side**2, width, grid=grid)
+    close(codes, table.numpy(), 1e-6)
+    for other in (3, 6):  # interpolate_pos_embed_online of action_detection/modeling_finetune.py
+        grown = table.reshape(frames, side, side, width).permute(0, 3, 1, 2)
+        options = {"mode": "bicubic", "align_corners": False}
+        grown = torch.nn.functional.interpolate(grown, size=(other, other), **options)
+        codes = vision.position_codes(frames, other**2, width, grid=grid)
+        close(codes, grown.permute(0, 2, 3, 1).reshape(-1, width).numpy(), 1e-6)
+    config = {"position_frames": trained, "position_size": side * 5, "patch": 5, "width": width}
+    close(torch_model.clip_codes(config, frames, other), np.asarray(codes), 1e-6)
+
+
+def test_the_encoder_takes_its_positions_from_the_configuration():
+    config = tiny_config("stage1")
+    config.vision.update(position_frames=3, position_size=12)
+    config_check.check(config)
+    encoder = nnx.eval_shape(lambda: OBJECTIVES["distill"].create(config, nnx.Rngs(0))).encoder
+    assert encoder.positions == vision.PositionGrid(frames=3, side=3)
+    expected = vision.position_codes(2, 16, 32, grid=encoder.positions)
+    np.testing.assert_array_equal(encoder.position_codes(2, 16), expected)
+    assert np.abs(expected - vision.position_codes(2, 16, 32)).max() > 0.1
+    config.vision.position_size = 13
+    with pytest.raises(UserError, match=r"vision\.position_size=13 is no multiple"):
+        config_check.check(config)
 
 
 # The teacher.

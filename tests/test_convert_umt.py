@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import torch_reference
 from flax import nnx
 from test_convert import LAYER, WHOLE, close, given, on_one_device
 from tiny import tiny_config
 
 from instap_jax.config import default
+from instap_jax.errors import UserError
 from instap_jax.interop import umt
 from instap_jax.interop.importing import convert
 from instap_jax.interop.keys import leaves
@@ -223,6 +225,20 @@ def test_stage_2_equals_umt(theirs, tmp_path, capsys):
     close(ours.match_head(fused), expected["match"], WHOLE)
     close(np.asarray(ours.text.mlm_logits(fused))[ids != 0], expected["mlm"], WHOLE)
     assert float(ours.tau()) == pytest.approx(0.05)
+
+
+def test_position_tables_must_be_the_fixed_ones(theirs, tmp_path):
+    name = "vision_encoder.encoder.pos_embed"
+    state = foreign.umt_weights(theirs)
+    state[name] = torch.tensor(torch_reference.sinusoid(12, 32)[None], dtype=torch.float32)
+    path = foreign.save(state, tmp_path / "umt.safetensors")
+    report = convert("umt", path, tmp_path / "out", given(umt_config()))
+    notes = {entry.name: entry.note for entry in report.entries}
+    assert "recomputed" in notes[name]
+    state[name][0, 3, 5] += 0.1
+    foreign.save(state, path)
+    with pytest.raises(UserError, match=f"{name}' is not the fixed sine-cosine table"):
+        convert("umt", path, tmp_path / "other", given(umt_config()))
 
 
 def test_without_a_configuration_sizes_are_the_files(theirs, tmp_path):

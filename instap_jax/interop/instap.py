@@ -32,7 +32,10 @@ TOKENIZER_FILES = {"sentencepiece": "tokenizer.model", "wordpiece": "vocab.txt"}
 # and torch_model.py reads them. TRAINING: it does not. A field in neither is one that this export
 # has never heard of: refused, for what it does would silently be missing.
 FORWARD = {
-    "vision": ("width", "depth", "heads", "mlp_ratio", "patch", "image_size"),
+    "vision": (
+        "width", "depth", "heads", "mlp_ratio", "patch", "image_size", "position_frames",
+        "position_size",
+    ),
     "text": ("vocab_size", "width", "depth", "fusion_layers", "heads", "mlp_ratio", "max_length"),
     "align": (
         "projection", "own_temperature", "crop_size", "still_boxes", "cross_attention",

@@ -14,8 +14,8 @@ backbones/vit/vit.py, backbones/bert/xbert.py), so that the weights of either lo
 `vision_encoder`, `text_encoder`, `vision_proj`, `text_proj`, `itm_head`, `temp`. InstAP's own are
 `cross_attention` and `instance_temp`.
 
-Letters: B clips, T frames, H W their pixels, S side of the square the network sees, N patches of a
-frame, V = T * N visual tokens, n instances of a clip, s text length, d width, p shared embedding.
+Letters: B clips, T frames, H W pixels, S side of the square the network sees, V visual tokens of a
+clip, n instances of a clip, s text length, d width, p shared embedding.
 """
 
 import itertools
@@ -89,29 +89,14 @@ class Block(nn.Module):
         return x + self.mlp["fc2"](functional.gelu(self.mlp["fc1"](self.norm2(x))))
 
 
-class PatchEmbed(nn.Module):
-    def __init__(self, width, patch):
-        super().__init__()
-        self.patch = patch
-        self.proj = nn.Conv3d(3, width, (1, patch, patch), (1, patch, patch))
-
-    def forward(self, video):
-        """[B, T, S, S, 3] -> [B, T * N, d]. As a matrix product: cuDNN would convolve in TF32."""
-        b, t, height, width, _ = video.shape
-        p = self.patch
-        x = video.reshape(b, t, height // p, p, width // p, p, 3).permute(0, 1, 2, 4, 6, 3, 5)
-        return functional.linear(
-            x.flatten(4).flatten(1, 3), self.proj.weight.flatten(1), self.proj.bias
-        )
-
-
 class Encoder(nn.Module):
     """The student f: joint space-time attention over all patches, no class token."""
 
     def __init__(self, c):
         super().__init__()
-        self.width = c["width"]
-        self.patch_embed = PatchEmbed(c["width"], c["patch"])
+        self.config = c
+        patch = (1, c["patch"], c["patch"])
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv3d(3, c["width"], patch, patch)})
         hidden = int(c["width"] * c["mlp_ratio"])
         self.blocks = nn.ModuleList(
             Block(c["width"], c["heads"], hidden) for _ in range(c["depth"])
@@ -128,8 +113,12 @@ class Encoder(nn.Module):
         Returns:
           [B, V, d], or with taps [taps, B, V, d] in layer order; after the final LayerNorm.
         """
-        x = self.patch_embed(video)
-        x = x + position_codes(x.shape[1], self.width, x.device).to(x.dtype)
+        p, proj = self.config["patch"], self.patch_embed["proj"]
+        b, t, height, width, _ = video.shape
+        x = video.reshape(b, t, height // p, p, width // p, p, 3).permute(0, 1, 2, 4, 6, 3, 5)
+        # The convolution as a matrix product: cuDNN would compute it in TF32.
+        x = functional.linear(x.flatten(4).flatten(1, 3), proj.weight.flatten(1), proj.bias)
+        x = x + clip_codes(self.config, t, height // p, x.device).to(x.dtype)
         outputs = []
         for block in self.blocks:
             x = block(x, mask)
@@ -157,6 +146,23 @@ def position_codes(tokens, width, device=None):
     frequency = 10000.0 ** (-2 * torch.arange(width // 2, dtype=torch.float64) / width)
     angle = torch.arange(tokens, dtype=torch.float64)[:, None] * frequency
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).float().to(device)
+
+
+def clip_codes(c, frames, side, device=None):
+    """The table for a clip of side x side patches: where the weights learned another
+    (`position_frames`, `position_size` of the configuration's `vision`), that one, interpolated;
+    an image has its first frame's. float32 [frames * side^2, d]."""
+    first = c["position_frames"] if c["position_frames"] and frames > 1 else frames
+    learned = c["position_size"] // c["patch"] if c["position_size"] else side
+    table = position_codes(first * learned**2, c["width"])
+    table = table.unflatten(0, (first, learned, learned)).permute(1, 2, 3, 0)
+    if first != frames:
+        table = functional.interpolate(table.flatten(0, 1), frames, mode="linear")
+        table = table.unflatten(0, (learned, learned))
+    table = table.permute(3, 2, 0, 1)  # [T, d, rows, columns]
+    if learned != side:
+        table = functional.interpolate(table, (side, side), mode="bicubic")
+    return table.permute(0, 2, 3, 1).flatten(0, 2).to(device)
 
 
 class CrossAttention(QueryKeyValue):
@@ -220,11 +226,10 @@ def _waves(x):
     return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2)
 
 
-def scene_codes(boxes, crop_side, scene_side, width):
+def scene_codes(c, boxes, crop_side, scene_side):
     """The scene's position code at every crop patch's centre, bilinear: [n, T * crop_side^2, d]."""
-    n, t = boxes.shape[:2]
-    table = position_codes(t * scene_side**2, width, boxes.device)
-    table = table.reshape(t, scene_side, scene_side, width)
+    t = boxes.shape[1]
+    table = clip_codes(c, t, scene_side, boxes.device).unflatten(0, (t, scene_side, scene_side))
     place = (torch.arange(crop_side, device=boxes.device) + 0.5) / crop_side
 
     def weights(low, high):
@@ -235,7 +240,7 @@ def scene_codes(boxes, crop_side, scene_side, width):
 
     rows, columns = weights(boxes[..., 1], boxes[..., 3]), weights(boxes[..., 0], boxes[..., 2])
     codes = torch.einsum("ntir,trcd->nticd", rows, table)
-    return torch.einsum("ntjc,nticd->ntijd", columns, codes).reshape(n, -1, width)
+    return torch.einsum("ntjc,nticd->ntijd", columns, codes).flatten(1, 3)
 
 
 class AddNorm(nn.Module):
@@ -370,14 +375,17 @@ class Tokenizer:
         return out
 
 
-def crop_and_resize(frames, boxes, size):
-    """Cuts one box out of every frame, resized to size x size, antialiased bilinear.
+def _tensor(values, device):
+    # A copy of NumPy's: torch takes no read-only or mirrored arrays.
+    values = np.array(values) if isinstance(values, np.ndarray) else values
+    return torch.as_tensor(values, device=device)
 
-    Pillow's BILINEAR with `resize(box=...)`, as two matrix products; boxes are clamped to the
-    picture.
+
+def crop_and_resize(frames, boxes, size):
+    """Cuts one box out of every frame, as Pillow's BILINEAR with `resize(box=...)`, antialiased.
 
     Args:
-      frames: uint8 or float [T, H, W, 3]. boxes: float32 [T, 4], x0 y0 x1 y1 in [0, 1].
+      frames: uint8 [T, H, W, 3]. boxes: float32 [T, 4], fractions, clamped to the picture.
 
     Returns:
       float32 [T, size, size, 3] in [0, 255].
@@ -541,13 +549,10 @@ class InstAP(nn.Module):
         seen = []
         for clip, b, here, scene in zip(frames, boxes, present, scenes, strict=True):
             clip = self._clip(clip)
-            b = torch.as_tensor(b, dtype=torch.float32, device=clip.device)
-            here = torch.as_tensor(here, dtype=torch.bool, device=clip.device)
+            b, here = _tensor(b, clip.device).float(), _tensor(here, clip.device).bool()
             if b.shape[1:] != (len(clip), 4) or b.shape[:2] != here.shape:
-                raise ValueError(
-                    f"boxes {list(b.shape)}, present {list(here.shape)}: must be "
-                    f"[n, {len(clip)}, 4] and [n, {len(clip)}]"
-                )
+                shapes = f"boxes {list(b.shape)}, present {list(here.shape)}"
+                raise ValueError(f"{shapes}: must be [n, {len(clip)}, 4] and [n, {len(clip)}]")
             if len(b) and (b.min() < -1 or b.max() > 2):
                 raise ValueError("boxes must be fractions of the picture, not pixels")
             seen.append(self._see_crops(clip, b, here, scene))
@@ -569,7 +574,7 @@ class InstAP(nn.Module):
         crop = masked_mean(tokens, mask)
         if align["scene_anchor"]:
             scene_side = vision["image_size"] // vision["patch"]
-            codes = scene_codes(boxes, side, scene_side, vision["width"])
+            codes = scene_codes(vision, boxes, side, scene_side)
             tokens = tokens + codes.to(tokens.dtype)
         features = [size_features(boxes)] * align["size_code"]
         features += [motion_features(boxes, present)] * align["motion_code"]
@@ -591,9 +596,7 @@ class InstAP(nn.Module):
         return self.itm_head(fused[:, 0]).float().softmax(-1)[:, 1]
 
     def _clip(self, frames):
-        if isinstance(frames, np.ndarray):
-            frames = np.array(frames)  # torch takes no read-only or mirrored arrays
-        clip = torch.as_tensor(frames, device=self.temp.device)
+        clip = _tensor(frames, self.temp.device)
         if clip.dtype != torch.uint8 or clip.ndim != 4 or clip.shape[-1] != 3:
             raise ValueError(f"a clip is uint8 [T, H, W, 3], not {clip.dtype} {list(clip.shape)}")
         return clip

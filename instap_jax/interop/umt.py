@@ -5,6 +5,7 @@ From the public source: `single_modality/models/modeling_pretrain_umt.py` (stage
 position tables are fixed sine-cosine codes that no checkpoint holds.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ from instap_jax.interop.keys import (
 )
 from instap_jax.interop.plan import Plan, assumed, count, dimensions, fit, shapes_of
 from instap_jax.interop.reading import Weights
+from instap_jax.models.vision import position_codes
 from instap_jax.train.objectives import OBJECTIVES
 
 # InstAP's own: the look at the scene of (5), the temperature of (8), and what options beyond the
@@ -39,6 +41,12 @@ OWN = (
     "instance_contrastive_bias",
 )
 _BODY, _HEAD = "text_encoder.bert.", "text_encoder.cls."
+POSITION_TABLES = (
+    "encoder.pos_embed",
+    "encoder.img_pos_embed",
+    "clip_pos_embed",
+    "clip_img_pos_embed",
+)
 IGNORED = {"clip_teacher.": "the frozen teacher, which stands in its own checkpoint"}
 
 
@@ -119,21 +127,48 @@ def plan(weights: Weights, config: ConfigDict | None) -> Plan:
         sizes |= _align_sizes(weights)
         guesses["text.heads"] = max(sizes["text.width"] // bert.CHANNELS, 1)
     fitted = fit(config, stage, weights, sizes, guesses)
+    tables = _fixed_tables(weights, prefix)
     # UMT has no instance terms: instances are then evaluated as those of its baselines are.
     fitted.align.instance = 0.0
 
     def create(rngs: nnx.Rngs) -> nnx.Module:
         return OBJECTIVES[stage].create(fitted, rngs)
 
+    table_of_keys = table(stage, shapes_of(create))
     return Plan(
         kind=f"umt (stage {'2' if stage == 'align' else '1'})",
         config=fitted,
         create=create,
-        table=table(stage, shapes_of(create)),
+        table=dataclasses.replace(table_of_keys, ignored=table_of_keys.ignored | tables),
         draw=True,
         sizes=sizes,
         assumed=assumed(fitted, guesses),
     )
+
+
+def _fixed_tables(weights: Weights, prefix: str) -> dict[str, str]:
+    """Position tables in the file, which must be the fixed code: it is computed, not loaded.
+
+    UMT keeps the fixed tables out of its checkpoints; a file with `use_learnable_pos_emb`, or with
+    tables saved by hand, has them.
+
+    Raises:
+      UserError: one of them holds other numbers.
+    """
+    found = {}
+    for name in POSITION_TABLES:
+        name = f"{prefix}{name}"
+        if name not in weights.shapes:
+            continue
+        _, tokens, width = dimensions(weights, name, 3)
+        code = np.asarray(position_codes(1, tokens, width))
+        if not np.allclose(weights.read(name).astype(np.float32), code[None], rtol=0, atol=1e-5):
+            raise UserError(
+                f"{weights.path}: {name!r} is not the fixed sine-cosine table; the student has no "
+                "learned positions"
+            )
+        found[name] = "the fixed sine-cosine table, recomputed for the clip at hand"
+    return found
 
 
 def _vision_sizes(weights: Weights, prefix: str) -> dict[str, Any]:

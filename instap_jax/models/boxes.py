@@ -8,7 +8,7 @@ r c rows and columns of scene patches, d width.
 import jax
 import jax.numpy as jnp
 
-from instap_jax.models.vision import position_codes
+from instap_jax.models.vision import PositionGrid, position_codes
 
 Array = jax.Array
 
@@ -110,7 +110,14 @@ def patch_cover(boxes: Array, side: int) -> Array:
     return rows[..., :, None] * columns[..., None, :]
 
 
-def scene_codes(boxes: Array, *, crop_side: int, scene_side: int, width: int) -> Array:
+def scene_codes(
+    boxes: Array,
+    *,
+    crop_side: int,
+    scene_side: int,
+    width: int,
+    grid: PositionGrid = PositionGrid(),  # noqa: B008 - immutable
+) -> Array:
     """The position code of the scene at the centre of every crop patch (`align.scene_anchor`).
 
     It is the table that the encoder adds to scene tokens (`position_codes`, which names place and
@@ -120,12 +127,14 @@ def scene_codes(boxes: Array, *, crop_side: int, scene_side: int, width: int) ->
     Args:
       boxes: [g, n, t, 4], fractions of the scene's view (`to_view`).
       crop_side, scene_side: patches a side.
+      grid: of the encoder (`position_codes`).
 
     Returns:
       float32 [g, n, t * crop_side**2, width].
     """
     g, n, t, _ = boxes.shape
-    table = position_codes(t, scene_side**2, width).reshape((t, scene_side, scene_side, width))
+    table = position_codes(t, scene_side**2, width, grid=grid)
+    table = table.reshape((t, scene_side, scene_side, width))
     place = (jnp.arange(crop_side) + 0.5) / crop_side
 
     def weights(low: Array, high: Array) -> Array:

@@ -13,7 +13,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from instap_jax.models.layers import LayerNorm, Linear, stack
-from instap_jax.models.vision import NORM_EPSILON, VisionEncoder, position_codes
+from instap_jax.models.vision import NORM_EPSILON, VisionEncoder
 
 Array = jax.Array
 
@@ -82,5 +82,5 @@ class Student(nnx.Module):
         taps = self.encoder(video, visible=visible, key=key, taps=self.taps).taps
         frames, height, width = video.shape[1:4]
         patches = (height // self.encoder.patch) * (width // self.encoder.patch)
-        positions = position_codes(frames, patches, self.encoder.width, visible)
+        positions = self.encoder.position_codes(frames, patches, visible)
         return self.heads(taps, positions)

@@ -23,7 +23,7 @@ from instap_jax.models.distillation import DistillationHeads
 from instap_jax.models.instances import BoxCodes, InstanceCrossAttention, masked_mean
 from instap_jax.models.layers import LayerNorm, Linear, clamp
 from instap_jax.models.text import MatchHead, TextEncoder
-from instap_jax.models.vision import NORM_EPSILON, VisionEncoder, position_codes
+from instap_jax.models.vision import NORM_EPSILON, VisionEncoder
 
 Array = jax.Array
 
@@ -106,7 +106,7 @@ class InstAP(nnx.Module):
         Returns:
           float32 [K, B, V, p of the teacher], not l2-normalised.
         """
-        return self.heads(taps, position_codes(frames, patches, self.encoder.width, visible))
+        return self.heads(taps, self.encoder.position_codes(frames, patches, visible))
 
     def embed_visual(self, pooled: Array) -> Array:
         """W_v of (2) and (7), after UMT's LayerNorm: [..., d] -> [..., p], not l2-normalised."""

@@ -8,6 +8,7 @@ K taps. Token t * N + i is patch i (row-major) of frame t.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+from instap_jax.models import resize
 from instap_jax.models.layers import (
     Bias,
     LayerNorm,
@@ -57,6 +59,7 @@ class VisionEncoder(nnx.Module):
     def __init__(self, config: ConfigDict, *, dtype: Any, remat: str, rngs: nnx.Rngs):
         self.width = config.width
         self.patch = config.patch
+        self.positions = PositionGrid.of(config)
         self.patch_embedding = Linear(
             config.patch**2 * 3,
             config.width,
@@ -97,7 +100,7 @@ class VisionEncoder(nnx.Module):
             # Before the embedding: masked patches then cost nothing at all.
             patches = jnp.take_along_axis(patches, visible[..., None], axis=1)
         x = self.patch_embedding(patches)
-        codes = position_codes(frames, tokens // frames, self.width, visible)
+        codes = self.position_codes(frames, tokens // frames, visible)
         x, tapped = scan_blocks(
             self.blocks,
             x + codes.astype(self.dtype),
@@ -111,6 +114,10 @@ class VisionEncoder(nnx.Module):
             return VisionOutput(tokens=self.norm(x), taps=None)
         tapped = self.norm(tapped)
         return VisionOutput(tokens=tapped[-1], taps=tapped)
+
+    def position_codes(self, frames: int, patches: int, visible: Array | None = None) -> Array:
+        """`position_codes` of this encoder."""
+        return position_codes(frames, patches, self.width, visible, grid=self.positions)
 
 
 def _block(config: ConfigDict, dtype: Any, rngs: nnx.Rngs) -> PreNormBlock:
@@ -142,7 +149,32 @@ def patchify(video: Array, patch: int) -> Array:
     return x.reshape(b, t * rows * columns, patch * patch * channels)
 
 
-def position_codes(frames: int, patches: int, width: int, visible: Array | None = None) -> Array:
+@dataclasses.dataclass(frozen=True)
+class PositionGrid:
+    """What the weights learned the position table for; None: whatever is at hand.
+
+    Attributes:
+      frames: of a clip. side: patches a side.
+    """
+
+    frames: int | None = None
+    side: int | None = None
+
+    @classmethod
+    def of(cls, config: ConfigDict) -> "PositionGrid":
+        """That of the `vision` section of a configuration."""
+        size = config.position_size
+        return cls(frames=config.position_frames, side=size and size // config.patch)
+
+
+def position_codes(
+    frames: int,
+    patches: int,
+    width: int,
+    visible: Array | None = None,
+    *,
+    grid: PositionGrid = PositionGrid(),
+) -> Array:
     """UMT's fixed position table: a one-dimensional sinusoid over the token index p.
 
     code[p, 2 j] = sin(p w_j), code[p, 2 j + 1] = cos(p w_j), w_j = 10000^(-2 j / width)
@@ -150,10 +182,27 @@ def position_codes(frames: int, patches: int, width: int, visible: Array | None 
 
     Args:
       visible: int32 [B, V] token indices, or None.
+      grid: another number of frames is interpolated from this one linearly (an image, as in UMT,
+        has the codes of the first frame), another number of patches bicubically, square to square.
 
     Returns:
       float32 [B, V, width] at the visible tokens, or [frames * patches, width].
     """
+    first = grid.frames if grid.frames and frames > 1 else frames
+    side = math.isqrt(patches)
+    table = _sinusoid(first, grid.side**2 if grid.side else patches, width)
+    if first != frames:
+        table = jnp.einsum("tf,fpd->tpd", resize.linear(first, frames).astype(np.float32), table)
+    if grid.side and grid.side != side:
+        matrix = resize.bicubic(grid.side, side).astype(np.float32)
+        table = table.reshape((frames, grid.side, grid.side, width))
+        table = jnp.einsum("yr,xc,trcd->tyxd", matrix, matrix, table)
+    table = table.reshape(frames * patches, width)
+    return table if visible is None else table[visible]
+
+
+def _sinusoid(frames: int, patches: int, width: int) -> Array:
+    """The table itself, float32 [frames, patches, width]."""
     # Composed from two small tables by the angle-sum identities, p = t * patches + i: a table for
     # a long clip would be a constant of many megabytes in the program, and float32 angles are
     # not exact enough to compute it in place.
@@ -164,5 +213,4 @@ def position_codes(frames: int, patches: int, width: int, visible: Array | None 
     sin_i, cos_i = (jnp.asarray(f(patch_angle), jnp.float32)[None] for f in (np.sin, np.cos))
     sine = sin_t * cos_i + cos_t * sin_i
     cosine = cos_t * cos_i - sin_t * sin_i
-    table = jnp.stack([sine, cosine], axis=-1).reshape(frames * patches, width)
-    return table if visible is None else table[visible]
+    return jnp.stack([sine, cosine], axis=-1).reshape(frames, patches, width)

@@ -83,9 +83,14 @@ def _codes(
     shown, flip = gather_in_group((view.boxes, view.flip), parent)
     boxes = box.to_view(boxes, shown, flip)
     if align.scene_anchor:
-        side = config.vision.image_size // config.vision.patch
         codes.append(
-            box.scene_codes(boxes, crop_side=crop_side, scene_side=side, width=config.vision.width)
+            box.scene_codes(
+                boxes,
+                crop_side=crop_side,
+                scene_side=config.vision.image_size // config.vision.patch,
+                width=config.vision.width,
+                grid=model.encoder.positions,
+            )
         )
     if align.size_code or align.motion_code:
         codes.append(jnp.repeat(model.box_codes(boxes, present), crop_side**2, axis=-2))
