@@ -82,6 +82,7 @@ class Model:
 
     Attributes:
       config: of the run. step: of the checkpoint.
+      batch_size: clips or texts computed together at most.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class Model:
         self.config, self.step = config, step
         self._mesh, self._params = mesh, params
         self._shards = sharding.data_shards(mesh)
-        self._batch_size = max(batch_size, self._shards)
+        self.batch_size = max(batch_size, self._shards)
         self._tokenizer = load_tokenizer(config.tokenizer)
         self._nothing = np.zeros((0, config.align.projection), np.float32)
         self._no_text = np.zeros(config.tokenizer.length, np.int32)
@@ -152,8 +153,8 @@ class Model:
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
         """B texts, cut to `config.tokenizer.length` tokens -> float32 [B, p], l2-normalised."""
         ids, found = self._ids(texts), []
-        for start in range(0, len(ids), self._batch_size):
-            part = ids[start : start + self._batch_size]
+        for start in range(0, len(ids), self.batch_size):
+            part = ids[start : start + self.batch_size]
             padded = np.zeros((self._shards * _round_up(len(part), self._shards), ids.shape[1]))
             padded[: len(part)] = part
             out = self._run(self._embed_text, padded.astype(np.int32))
@@ -269,8 +270,8 @@ class Model:
             frames, *size, _ = item.frames.shape
             alike[frames, *(-(-side // _CANVAS_STEP) * _CANVAS_STEP for side in size)].append(index)
         for (_, *canvas), members in alike.items():
-            for start in range(0, len(members), self._batch_size):
-                chosen = members[start : start + self._batch_size]
+            for start in range(0, len(members), self.batch_size):
+                chosen = members[start : start + self.batch_size]
                 yield chosen, *_pack([items[i] for i in chosen], tuple(canvas), self._shards)
 
 

@@ -31,6 +31,7 @@ VERBS = {
     "ablate": "train and evaluate a table of configurations over seeds; write it with intervals",
     "convert": "weights of CLIP, BERT and UMT in; PyTorch and UMT out",
     "select": "choose the stage-1 run of the lowest validation loss, fine-tune and measure it",
+    "features": "embeddings of media files, of their instances and texts",
     "report": "one self-contained HTML page: curves, samples, results of one or more runs",
 }
 

@@ -4,13 +4,11 @@ Parameters are read from the checkpoint leaf by leaf and written tensor by tenso
 nothing appears under the output's name: a directory beside it is renamed when all is there.
 """
 
-import contextlib
 import functools
 import itertools
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from instap_jax import config_check
+from instap_jax.aside import written_aside
 from instap_jax.errors import UserError
 from instap_jax.interop import instap, keys, umt
 from instap_jax.interop.report import Entry, Fate, as_json, totals
@@ -60,7 +59,7 @@ def export(workdir: Path, out: Path, *, layout: str) -> list[Entry]:
     stored = checkpoint.StoredParams(str(workdir))
     create = functools.partial(OBJECTIVES["align"].create, config)
     stored.check(nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))))[1])
-    with _written_aside(out) as aside:
+    with written_aside(out, "--output") as aside:
         written = {"torch": _write_ours, "umt": _write_umt}[layout](stored, aside)
         if layout == "torch":
             _write_json(aside / "config.json", describe(config, step))
@@ -189,19 +188,3 @@ def _torch():
 
 def _write_json(path: Path, content) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
-
-
-@contextlib.contextmanager
-def _written_aside(out: Path) -> Iterator[Path]:
-    """A sibling of `out` that becomes `out` at the end, or vanishes where something fails."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--output={out}: exists and is not an empty directory; name another")
-    aside = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        aside.mkdir(parents=True)
-        yield aside
-        os.replace(aside, out)
-    except OSError as error:
-        raise UserError(f"--output={out}: cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

@@ -74,8 +74,6 @@ class VisionAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
-
     def __init__(self, width, heads, hidden):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=VISION_EPSILON)
@@ -530,7 +528,7 @@ class InstAP(nn.Module):
         return torch.as_tensor(texts, dtype=torch.int64, device=self.temp.device)
 
     def normalise(self, pixels):
-        """[..., 3] in [0, 255] -> (x / 255 - mean) / standard deviation, in the model's dtype."""
+        """[..., 3] in [0, 255] -> standardised, in the model's dtype."""
         c = self.config["preprocessing"]
         mean, deviation = (pixels.new_tensor(c[name]) for name in ("mean", "std"))
         return ((pixels / 255 - mean) / deviation).to(self.temp.dtype)

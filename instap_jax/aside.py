@@ -1,0 +1,32 @@
+"""Output directories that appear whole or not at all."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from instap_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def written_aside(out: Path, flag: str) -> Iterator[Path]:
+    """A sibling of `out` to write to, which becomes `out` at the end, or vanishes on any failure.
+
+    Args:
+      flag: that names `out`, for messages.
+
+    Raises:
+      UserError: `out` exists and is not an empty directory, or storage fails.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{flag}={out}: exists and is not an empty directory; name another")
+    aside = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.partial")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        os.replace(aside, out)
+    except OSError as error:
+        raise UserError(f"{flag}={out}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
