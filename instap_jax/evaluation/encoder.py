@@ -15,6 +15,7 @@ Batches are grouped as in training: g groups, one for each data shard, of b samp
 each; every array is split over its groups, so that crops are cut and encoded on all devices.
 """
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
@@ -39,13 +40,7 @@ from instap_jax.models.distillation import Student
 from instap_jax.models.instap import InstAP
 from instap_jax.models.teacher import ClipModel
 from instap_jax.train import checkpoint, inputs
-from instap_jax.train.objectives import (
-    OBJECTIVES,
-    embed_frames,
-    see_instances,
-    term_weights,
-    whole_view,
-)
+from instap_jax.train.objectives import OBJECTIVES, embed_frames, term_weights, whole_view
 from instap_jax.train.state import shardings, with_sharding
 from instap_jax.types import Batch
 
@@ -130,6 +125,16 @@ class Encoder:
             placed = sharding.place(padded, sharding.batch_sharding(self.mesh))
             found.append(jax.device_get(function(self.params, placed))[: len(part)])
         return np.concatenate(found)[inverse.reshape(-1)]
+
+    def with_params(self, params: nnx.State, step: int) -> "Encoder":
+        """The same encoder, compiled once for all, of other parameters of the run's model."""
+        _ = self._embed, self._embed_text, self._tokenizer  # made once, then shared by the copies
+        other = copy.copy(self)
+        clip = params if self.config.stage == "teacher" else self.params["clip"]
+        object.__setattr__(other, "params", {"model": params, "clip": clip})
+        object.__setattr__(other, "step", step)
+        other.__dict__.pop("fingerprint", None)
+        return other
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -225,8 +230,11 @@ def load_encoder(
 def make_encoder(
     config: ConfigDict, mesh: Mesh, graphdef: nnx.GraphDef, params: nnx.State, *, step: int
 ) -> Encoder:
-    """An encoder of these parameters; stage 'distill' reads its teacher's text encoder for it."""
-    own_config, clip_graphdef, clip_params = config, graphdef, {}
+    """An encoder of these parameters; stage 'distill' reads its teacher's text encoder for it.
+
+    Without parameters (None) it only serves `with_params`.
+    """
+    own_config, clip_graphdef, clip_params = config, graphdef, None
     if config.stage == "teacher":
         clip_params = params
     if config.stage == "distill":
@@ -316,15 +324,13 @@ def _embed_student(config: ConfigDict, model: Student, batch: Batch):
 
 def _embed_aligned(config: ConfigDict, model: InstAP, batch: Batch):
     tokens = aligned.see_scenes(config, model, batch)
-    groups, size, frames = batch["frames"].shape[:3]
-    grouped = tokens.reshape((groups, size, *tokens.shape[1:]))
-    seen = see_instances(config, model, batch, grouped, whole_view(batch))
-    pooled = seen.pooled if "inst_vtc" in term_weights(config) else seen.crop
+    instances = aligned.embed_instances(config, model, batch, tokens)
+    grid = tokens.reshape((len(tokens), batch["frames"].shape[2], -1, tokens.shape[-1]))
     out = {
         "video": aligned.embed_scenes(model, tokens),
-        "entity": _entities(batch, tokens.reshape((groups * size, frames, -1, tokens.shape[-1]))),
-        "instance": aligned.unit(model.embed_visual(_flat(pooled))),
-        "crop": _flat(seen.crop),
+        "entity": _entities(batch, grid),
+        "instance": instances.embedding,
+        "crop": instances.crop,
     }
     return out, tokens
 

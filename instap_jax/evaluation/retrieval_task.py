@@ -12,7 +12,9 @@ import numpy as np
 from instap_jax.errors import UserError
 from instap_jax.evaluation import protocols
 from instap_jax.evaluation.context import Context, Suite
+from instap_jax.evaluation.encoder import Encoder
 from instap_jax.evaluation.features import SuiteFeatures, whole_caption
+from instap_jax.evaluation.protocols import RetrievalProtocol
 from instap_jax.evaluation.ranking import Ranking, rank_queries
 from instap_jax.evaluation.rerank import TOP_K, Matcher, Texts, rerank
 from instap_jax.evaluation.results import Measurement
@@ -78,7 +80,7 @@ def measure(context: Context) -> list[Measurement]:
         tokens = matcher is not None and "vtm" in ranks
         found = context.features(suite, tokens=tokens)
         protocols.check(preset, suite.split, found.facts, kind=suite.kind, expected=expected)
-        for unit in units_of(context, found):
+        for unit in units_of(context.encoder, preset, found, merge=options.merge_equal_texts):
             match = matcher if unit.term in ranks else None
             measured += _measure_unit(context, suite, found, unit, match)
     return measured
@@ -89,20 +91,24 @@ def can_rerank(context: Context, term: str) -> bool:
     return context.config.stage == "align" and term in term_weights(context.config)
 
 
-def units_of(context: Context, found: SuiteFeatures) -> list[Unit]:
-    """The samples and, where the protocol has them and the run embeds them, the instances."""
-    encoder, preset = context.encoder, context.preset
+def units_of(
+    encoder: Encoder, preset: RetrievalProtocol, found: SuiteFeatures, *, merge: bool = False
+) -> list[Unit]:
+    """The samples and, where the protocol has them and the run embeds them, the instances.
+
+    Args:
+      merge: equal texts are one, correct with all that have it.
+    """
     texts, owner = protocols.texts_of(preset, found.facts)
     whole = [whole_caption(one.captions) for one in found.facts]
-    text = found.text if texts == whole else None
-    shared = {"merge": context.options.merge_equal_texts, "encoder": encoder}
     units = [
         _unit(
-            **shared,
+            encoder=encoder,
+            merge=merge,
             name=SAMPLES,
             texts=texts,
             owner=owner,
-            text=text,
+            text=found.text if texts == whole else None,
             visual=found.video,
             temperature=encoder.temperature,
             term="vtm",
@@ -110,10 +116,11 @@ def units_of(context: Context, found: SuiteFeatures) -> list[Unit]:
         )
     ]
     if preset.instances and found.instance is not None and len(found.instance):
-        own = "inst_vtc" in term_weights(context.config)
+        own = "inst_vtc" in term_weights(encoder.config)
         units.append(
             _unit(
-                **shared,
+                encoder=encoder,
+                merge=merge,
                 name=INSTANCES,
                 texts=[whole_caption(one.captions) for one in found.instance_facts],
                 owner=range(len(found.instance)),

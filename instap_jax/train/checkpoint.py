@@ -128,12 +128,12 @@ def write_params(workdir: str, params: Any, *, meta: dict[str, Any]) -> None:
 def write_best(workdir: str, params: Any, *, step: int, meta: dict[str, Any]) -> None:
     """Writes the parameters of `step` as the best of the run, in place of the one before."""
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-    with _storage_faults(f"{workdir}: cannot save the best checkpoint"):
-        with _manager(workdir, options, BEST) as manager:
-            args = ocp.args.Composite(
-                params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta)
-            )
-            manager.save(step, args=args, force=True)
+    args = ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta))
+    with (
+        _storage_faults(f"{workdir}: cannot save the best checkpoint"),
+        _manager(workdir, options, BEST) as manager,
+    ):
+        manager.save(step, args=args, force=True)
 
 
 def has_best(workdir: str) -> bool:

@@ -34,10 +34,12 @@ def initial_params(
     params = dict(fresh.raw_mapping)  # plain dicts inside: one State inside another is another tree
     origins: dict[str, str] = {}
     if source := config.checkpoint.init_from:
-        step, meta = checkpoint.read_meta(source)
+        which = config.checkpoint.init_which
+        step, meta = checkpoint.read_meta(source, which=which)
         for name in _modules(config, objective, abstract, source, meta["stage"]):
-            params[name] = _plain(checkpoint.read_params(source, abstract[name], select=(name,)))
-            origins[name] = f"from {source} ({meta['stage']}, step {step})"
+            read = checkpoint.read_params(source, abstract[name], select=(name,), which=which)
+            params[name] = _plain(read)
+            origins[name] = f"from {source} ({meta['stage']}, {which}, step {step})"
     if source := config.text.checkpoint:
         if "text" in origins:
             raise UserError(
@@ -63,7 +65,8 @@ def _modules(
             f"config.checkpoint.init_from={source} is a run of stage {stage!r}; "
             f"stage {config.stage!r} starts from {possible}"
         )
-    unused = sorted(set(checkpoint.module_names(source)) - set(modules))
+    which = config.checkpoint.init_which
+    unused = sorted(set(checkpoint.module_names(source, which=which)) - set(modules))
     lost = [name for name in unused if stage == config.stage or name not in objective.leaves]
     if lost:
         raise UserError(f"{source}: stage {config.stage!r} has no place for its {lost[0]!r}")

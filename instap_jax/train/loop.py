@@ -28,17 +28,25 @@ from instap_jax.train.feed import Fed, Feed
 from instap_jax.train.initialise import initial_params
 from instap_jax.train.metrics import MetricWriter
 from instap_jax.train.program import Program, build_program
+from instap_jax.train.selection import MakeValidate, Selection
 from instap_jax.train.state import TrainState
 from instap_jax.train.stop import StopRequest
 
 
-def train(config: ConfigDict, workdir: Path, stop: StopRequest) -> TrainState:
+def train(
+    config: ConfigDict,
+    workdir: Path,
+    stop: StopRequest,
+    make_validate: MakeValidate | None = None,
+) -> TrainState:
     """Trains until `config.steps` (or `config.stop_at`), resuming what the workdir holds.
 
     Args:
       config: resolved and checked.
       workdir: exists; holds nothing or a run of the same config.
       stop: asked at every step; a fresh `StopRequest()` never asks.
+      make_validate: gives what measures parameters every `config.evaluation.every` steps
+        (`evaluation.validation.make_validate`); needed where that is set.
 
     Returns:
       The final state.
@@ -54,7 +62,8 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest) -> TrainState:
             str(workdir), every=config.checkpoint.every, keep=config.checkpoint.keep
         )
         try:
-            return _run(config, workdir, mesh, program, checkpointer, stop)
+            selection = Selection(config, workdir, program, mesh, make_validate)
+            return _run(config, workdir, mesh, program, checkpointer, stop, selection)
         except KeyboardInterrupt:
             checkpointer.wait()  # for a save in progress
             step = checkpointer.latest_step()
@@ -64,7 +73,15 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest) -> TrainState:
             checkpointer.close()
 
 
-def _run(config, workdir, mesh, program: Program, checkpointer, stop: StopRequest) -> TrainState:
+def _run(
+    config,
+    workdir,
+    mesh,
+    program: Program,
+    checkpointer,
+    stop: StopRequest,
+    selection: Selection,
+) -> TrainState:
     frozen = _load_frozen(config, program)
     state, data_state = _start(config, workdir, program, checkpointer)
     start = int(state.step)
@@ -78,7 +95,7 @@ def _run(config, workdir, mesh, program: Program, checkpointer, stop: StopReques
         raise KeyboardInterrupt
     feed = Feed(config, mesh, start_step=start, state=data_state)
     writer = MetricWriter(workdir, config, resume_step=start) if _is_main() else None
-    run = _Run(config, mesh, program, checkpointer, feed, writer, stop)
+    run = _Run(config, mesh, program, checkpointer, feed, writer, stop, selection)
     try:
         return run.steps(state, frozen, start, last)
     finally:
@@ -90,7 +107,18 @@ def _run(config, workdir, mesh, program: Program, checkpointer, stop: StopReques
 class _Run:
     """The steps of one process, from `start` to `last`."""
 
-    def __init__(self, config, mesh, program, checkpointer, feed: Feed, writer, stop: StopRequest):
+    def __init__(
+        self,
+        config,
+        mesh,
+        program,
+        checkpointer,
+        feed: Feed,
+        writer,
+        stop: StopRequest,
+        selection: Selection,
+    ):
+        self._selection = selection
         self._config, self._mesh, self._program, self._stop = config, mesh, program, stop
         self._checkpointer, self._feed, self._writer = checkpointer, feed, writer
         self._inputs = inputs.identify(config)
@@ -109,12 +137,17 @@ class _Run:
                 if pending:
                     progress.update(note=self._finish(*pending))
                 pending = (step, metrics, fed)
+                if self._selection.due(step):  # before the checkpoint: none is resumed past it
+                    progress.update(note=self._finish(*pending))
+                    pending = None
+                    self._validate(state, step)
                 stop = bool(self._stop)  # read once: it may turn true at any moment
                 # Several processes may not have been asked at the same step: no extra save then.
                 force = step == last or (stop and jax.process_count() == 1)
                 if force or self._due(step):
-                    progress.update(note=self._finish(*pending))
-                    pending = None
+                    if pending:
+                        progress.update(note=self._finish(*pending))
+                        pending = None
                     self._save(state, step, fed, force=force)
                 if stop:
                     raise KeyboardInterrupt
@@ -135,11 +168,21 @@ class _Run:
             )
         self._clock.step(fed.samples, self._flops.get(fed.kind))
         if step % self._config.log.every == 0 or step == 1:
-            scalars |= self._clock.read() | {f"kind_{fed.kind}": 1.0}
-            scalars |= {f"faults/{k}": float(v) for k, v in self._feed.fault_counts().items()}
+            scalars |= self._clock.read() | {f"kind_{fed.kind}": 1.0} | self._fault_counts()
             if self._writer:
                 self._writer.write(step, scalars)
         return f"loss {scalars['loss']:.4f}"
+
+    def _fault_counts(self) -> dict[str, float]:
+        return {f"faults/{name}": float(n) for name, n in self._feed.fault_counts().items()}
+
+    def _validate(self, state: TrainState, step: int) -> None:
+        """Measures the parameters and keeps them if they are the best; no part of a step's time."""
+        start = time.perf_counter()
+        scalars = self._selection.measure(state.params, step, self._meta())
+        if self._writer:
+            self._writer.write(step, scalars | self._fault_counts())
+        self._clock.leave_out(time.perf_counter() - start)
 
     def _measure_flops(self, state, frozen, fed: Fed) -> None:
         """Counts a kind's model FLOPs at its first batch, where the chip's peak is known."""
@@ -152,15 +195,17 @@ class _Run:
         count = flops.count_flops(program.step, state, frozen, fed.batch)
         self._flops[fed.kind] = count / (peak * self._mesh.size)
 
-    def _save(self, state: TrainState, step: int, fed: Fed, *, force: bool) -> None:
-        meta = {
+    def _meta(self) -> dict:
+        return {
             "stage": self._config.stage,
             "config": self._config.to_dict(),
             "inputs": self._inputs,
             "version": instap_jax.__version__,
             "time": time.time(),
         }
-        self._checkpointer.save(state, step, data=fed.state, meta=meta, force=force)
+
+    def _save(self, state: TrainState, step: int, fed: Fed, *, force: bool) -> None:
+        self._checkpointer.save(state, step, data=fed.state, meta=self._meta(), force=force)
 
 
 class _Clock:
@@ -177,6 +222,10 @@ class _Clock:
 
     def wait(self, seconds: float) -> None:
         self._waited += seconds
+
+    def leave_out(self, seconds: float) -> None:
+        """Seconds that were spent on something else than steps."""
+        self._start += seconds
 
     def step(self, samples: int, peak_seconds: float | None) -> None:
         """Counts a finished step; `peak_seconds`: its model FLOPs over the mesh's peak rate."""

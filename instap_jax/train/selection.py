@@ -1,0 +1,79 @@
+"""Validation during training, and the best checkpoint by a named metric.
+
+It reads the parameters and nothing else: no random stream, no batch of the training data and no
+counter is touched, so a run with it takes the steps of a run without it, bit for bit.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from instap_jax.train import checkpoint
+from instap_jax.train.program import Program
+
+# (parameters, step) -> metrics by name, as 'val_video/instance/mean_recall', the same on all hosts.
+Validate = Callable[[nnx.State, int], dict[str, float]]
+# (config, mesh, structure of the model) -> Validate.
+MakeValidate = Callable[[ConfigDict, Mesh, nnx.GraphDef], Validate]
+
+PREFIX = "eval/"  # of the metrics in the run's log
+
+
+class Selection:
+    """What the loop asks: whether a validation is due, and to do it.
+
+    Args:
+      make_validate: see `MakeValidate`; called only where `config.evaluation.every` is set.
+
+    Raises:
+      ValueError: it is set, and there is no `make_validate`.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        program: Program,
+        mesh: Mesh,
+        make_validate: MakeValidate | None,
+    ):
+        self._every, self._metric = config.evaluation.every, config.evaluation.metric
+        self._workdir, self._best = str(workdir), float("-inf")
+        if self._every is None:
+            return
+        if make_validate is None:
+            raise ValueError("config.evaluation.every is set: train() needs make_validate")
+        self._validate = make_validate(config, mesh, program.graphdef)
+        if self._metric and checkpoint.has_best(self._workdir):
+            _, meta = checkpoint.read_meta(self._workdir, which=checkpoint.BEST)
+            if meta["selection"]["metric"] == self._metric:
+                self._best = meta["selection"]["value"]
+
+    def due(self, step: int) -> bool:
+        """Whether the parameters after this step are to be measured."""
+        return self._every is not None and step % self._every == 0
+
+    def measure(self, params: nnx.State, step: int, meta: dict) -> dict[str, float]:
+        """Measures the parameters and keeps them as `checkpoints-best` if none were better.
+
+        Of equal ones the first stays. `meta`: of a checkpoint of this step.
+
+        Returns:
+          The metrics under `PREFIX`, for the run's log.
+        """
+        found = self._validate(params, step)
+        if self._metric:
+            value = found[self._metric]
+            if value > self._best:
+                chosen = {"metric": self._metric, "value": value, "step": step}
+                checkpoint.write_best(
+                    self._workdir, params, step=step, meta=meta | {"selection": chosen}
+                )
+                self._best = value
+            if jax.process_index() == 0:
+                print(f"step {step}: {self._metric} {value:.2f}, best {self._best:.2f}")
+        return {PREFIX + name: value for name, value in found.items()}

@@ -1,0 +1,165 @@
+"""Validation during training: it disturbs nothing, and the best checkpoint can be used."""
+
+import json
+
+import jax
+import pytest
+from test_train import assert_same, made, run, teacher_config  # noqa: F401 - a fixture
+from tiny import tiny_config
+
+from instap_jax import config_check, main
+from instap_jax.errors import UserError
+from instap_jax.evaluation.validation import make_validate
+from instap_jax.train import checkpoint, loop, selection
+from instap_jax.train.metrics import read_metrics
+from instap_jax.train.stop import StopRequest
+
+METRIC = "val_video/instance/mean_recall"
+
+
+def aligned_config(made, **changes):  # noqa: F811
+    data = {
+        "data.videos": f"{made}/packed:train",
+        "tokenizer.path": f"{made}/tokenizer.model",
+        "steps": 4,
+    }
+    return tiny_config("stage2", **(data | changes))
+
+
+def validated(made, **changes):  # noqa: F811
+    wanted = {
+        "evaluation.every": 1,
+        "evaluation.videos": f"{made}/packed:val_video",
+        "evaluation.metric": METRIC,
+        "evaluation.batch_size": 3,  # rounded up to the eight devices
+    }
+    return aligned_config(made, **(wanted | changes))
+
+
+def train(config, workdir):
+    config_check.check(config)
+    loaded = config_check.LoadedConfig(config=config, file="test", overrides={})
+    config_check.record(loaded, workdir)
+    return jax.device_get(loop.train(config, workdir, StopRequest(), make_validate))
+
+
+@pytest.fixture(scope="module")
+def finished(made, tmp_path_factory):  # noqa: F811
+    workdir = tmp_path_factory.mktemp("selection") / "validated"
+    return workdir, train(validated(made), workdir)
+
+
+def logged(workdir, name=f"eval/{METRIC}"):
+    return {line["step"]: line[name] for line in read_metrics(workdir) if name in line}
+
+
+def test_validation_changes_no_bit_of_the_training(made, finished, tmp_path):  # noqa: F811
+    workdir, state = finished
+    assert_same(run(aligned_config(made), tmp_path / "plain"), state)
+    plain = {line["step"]: line["loss"] for line in read_metrics(tmp_path / "plain")}
+    assert plain == logged(workdir, "loss") and len(plain) == 4
+    assert not (tmp_path / "plain" / "checkpoints-best").exists()
+
+
+def test_resumed_equals_uninterrupted_with_validation(made, finished, tmp_path):  # noqa: F811
+    workdir, state = finished
+    parts = tmp_path / "parts"
+    train(validated(made, stop_at=3), parts)
+    assert_same(state, train(validated(made), parts))
+    assert logged(parts) == logged(workdir)
+    first, second = (checkpoint.read_meta(str(w), which="best") for w in (workdir, parts))
+    assert first[0] == second[0] and first[1]["selection"] == second[1]["selection"]
+
+
+def test_the_log_has_the_metrics_by_suite_unit_and_name(finished):
+    names = {name for line in read_metrics(finished[0]) for name in line if name[:5] == "eval/"}
+    for unit in ("global", "instance"):
+        for metric in ("mean_recall", "t2v/R@1", "v2t/R@10", "t2v/median_rank"):
+            assert f"eval/val_video/{unit}/{metric}" in names
+    assert set(logged(finished[0])) == {1, 2, 3, 4}
+
+
+def test_the_best_checkpoint_is_the_best_of_the_log(finished, made, capsys):  # noqa: F811
+    workdir, _ = finished
+    values = logged(workdir)
+    best = max(values, key=lambda step: (values[step], -step))  # of equal ones the first
+    step, meta = checkpoint.read_meta(str(workdir), which="best")
+    assert step == best
+    assert meta["selection"] == {"metric": METRIC, "value": values[best], "step": best}
+    assert [p.name for p in (workdir / "checkpoints-best").iterdir()] == [str(best)]
+    code = main.main(["evaluate", f"--workdir={workdir}", f"--videos={made}/packed:val_video",
+                      "--checkpoint=best"])  # fmt: skip
+    assert code == 0 and f"aligned at step {best}" in capsys.readouterr().out
+    found = json.loads((workdir / "eval" / "retrieval.json").read_text())["measurements"]
+    unit = next(one for one in found if one["protocol"]["unit"] == "instance captions")
+    # What training measured is what `evaluate` measures of the same checkpoint.
+    assert unit["metrics"]["mean_recall"] == values[best]
+
+
+def test_another_run_can_start_from_the_best(finished, made, tmp_path, capsys):  # noqa: F811
+    best, _ = checkpoint.read_meta(str(finished[0]), which="best")
+    changes = {"checkpoint.init_from": str(finished[0]), "checkpoint.init_which": "best"}
+    run(aligned_config(made, stop_at=1, **changes), tmp_path / "next")
+    assert f"(align, best, step {best})" in capsys.readouterr().out
+
+
+def test_only_a_better_value_replaces_the_best(made, tmp_path, monkeypatch):  # noqa: F811
+    kept, values = [], iter([3.0, 5.0, 5.0, 4.0])
+
+    def write_best(workdir, params, *, step, meta):
+        kept.append((step, meta["selection"]["value"]))
+
+    monkeypatch.setattr(selection.checkpoint, "write_best", write_best)
+    config = validated(made)
+    program = type("Program", (), {"graphdef": None})
+    chosen = selection.Selection(
+        config, tmp_path, program, None, lambda *_: lambda params, step: {METRIC: next(values)}
+    )
+    for step in range(1, 5):
+        assert chosen.measure({}, step, {}) == {f"eval/{METRIC}": [3.0, 5.0, 5.0, 4.0][step - 1]}
+    assert kept == [(1, 3.0), (2, 5.0)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"evaluation.videos": "d:video_1k"}, "'video_1k' is a test suite"),
+        ({"evaluation.videos": "d:msrvtt-1k-a"}, "is a test suite"),
+        ({"evaluation.videos": "d:msvd"}, "is a test suite"),
+        ({"evaluation.videos": "d:my_test"}, "is a test suite"),
+        ({"evaluation.videos": ""}, "are empty"),
+        ({"evaluation.videos": "d:val", "data.videos": "x:a,d:val=2"}, "is trained on"),
+        ({"evaluation.metric": "val/instance/mean_recal"}, "must be SPLIT/global or"),
+        ({"evaluation.metric": "other/global/mean_recall"}, "SPLIT one of val_video"),
+        ({"evaluation.metric": "val_video/global/median_rank"}, "must be SPLIT"),
+        ({"evaluation.every": 0}, "must be positive"),
+    ],
+)
+def test_faults_of_the_configuration(changes, message):
+    wanted = {
+        "evaluation.every": 2,
+        "evaluation.videos": "d:val_video",
+        "evaluation.metric": METRIC,
+    }
+    if "evaluation.videos" in changes:
+        wanted["evaluation.metric"] = None
+    config = tiny_config("stage2")
+    config.update_from_flattened_dict(
+        {k: v for k, v in (wanted | changes).items() if v is not None}
+    )
+    with pytest.raises(UserError, match=message):
+        config_check.check(config)
+
+
+def test_stages_without_instances_or_retrieval(made):  # noqa: F811
+    config = teacher_config(made, **{"evaluation.every": 2, "evaluation.images": "d:val",
+                                     "evaluation.metric": "val/instance/mean_recall"})  # fmt: skip
+    with pytest.raises(UserError, match="embeds no instances"):
+        config_check.check(config)
+
+
+def test_evaluating_a_best_that_is_not_there(made, tmp_path, capsys):  # noqa: F811
+    run(aligned_config(made, stop_at=1), tmp_path / "run")
+    flags = [f"--workdir={tmp_path / 'run'}", f"--videos={made}/packed:val_video"]
+    assert main.main(["evaluate", *flags, "--checkpoint=best"]) == 2
+    assert "no best checkpoint" in capsys.readouterr().err
