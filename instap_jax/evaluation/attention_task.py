@@ -229,7 +229,7 @@ def _measurement(
 def _case(suite: Suite, source: RecordSource, one: _Shown, frames: int) -> Case:
     pictures = read_frames(source, one.record, frames)
     caption = whole_caption(source[one.record].instance_captions[one.place])
-    strips = {"frames": strip(pictures, one.boxes, one.present)}
+    strips = {"the instance": strip(pictures, one.boxes, one.present)}
     for method, maps in one.maps.items():
         heat = maps / max(float(maps.max()), 1e-12)
         strips[SCORING[method]] = strip(pictures, one.boxes, one.present, heat=heat)
@@ -239,6 +239,6 @@ def _case(suite: Suite, source: RecordSource, one: _Shown, frames: int) -> Case:
         key=f"{one.record}/{one.place}",
         texts={"sentence": caption},
         pictures=strips,
-        numbers={f"mass in the box, %: {SCORING[m]}": round(v, 1) for m, v in one.mass.items()}
-        | {"area of the box, %": round(one.area, 1)},
+        numbers={SCORING[method]: round(mass, 1) for method, mass in one.mass.items()}
+        | {"area": round(one.area, 1)},
     )

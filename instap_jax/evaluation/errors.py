@@ -25,6 +25,7 @@ CLASSES = {
     "cross_sample": "cross-sample semantic match",
     "other": "other",
 }
+DIRECTIONS = {"t2v": "T→V", "v2t": "V→T"}
 # Percent of the paper's 1,500 errors; what is left is ours to call 'other'.
 PAPER_SHARES = {
     "multi_instance": 44.6,

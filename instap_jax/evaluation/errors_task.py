@@ -10,6 +10,7 @@ from instap_jax.errors import UserError
 from instap_jax.evaluation.context import Context, Suite
 from instap_jax.evaluation.errors import (
     CLASSES,
+    DIRECTIONS,
     RULES,
     Error,
     Instance,
@@ -21,8 +22,6 @@ from instap_jax.evaluation.features import whole_caption
 from instap_jax.evaluation.gallery import Case, write_cases
 from instap_jax.evaluation.results import Measurement
 from instap_jax.evaluation.strips import OTHER, read_frames, strip, uniform_frames
-
-DIRECTIONS = {"t2v": "text → video", "v2t": "video → text"}
 
 CASES = 2  # shown of every suite, direction and class, drawn with a fixed seed
 

@@ -110,7 +110,7 @@ def _header(runs: Sequence[Run]) -> Html:
     count = "one run" if len(runs) == 1 else f"{len(runs)} runs side by side"
     return tag(
         "header",
-        tag("h1", "InstAP training report"),
+        tag("h1", "InstAP report"),
         tag("p", f"{count} · {now:%Y-%m-%d %H:%M} UTC", class_="lead"),
         _legend(runs, "legend"),
     )

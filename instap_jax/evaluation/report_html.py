@@ -121,8 +121,18 @@ figure svg *{stroke-linejoin:round}
 figure svg text{font-family:inherit!important}
 figure.sheet img{display:block;max-width:100%;max-height:440px;margin:0 auto 6px;border-radius:4px}
 .sheets{display:grid;gap:16px}
+.sheets figcaption,.cards figcaption{font-weight:400}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,480px),1fr));gap:14px;
+  margin:8px 0 14px}
+.overlays{display:flex;flex-wrap:wrap;gap:6px 16px;font-size:13px;align-items:end}
+.strip{margin:2px 0 8px}
+.strip img{display:block;max-width:100%;border-radius:4px}
+.strip p{font-size:12.5px;margin:3px 0 0;color:var(--muted)}
+.strip p b{color:var(--ink);font-weight:600}
+table.scored td:nth-child(2),table.scored th:nth-child(2){text-align:left}
 details{margin:8px 0;border:1px solid var(--line);border-radius:8px;padding:8px 14px;
   background:var(--card)}
+details[open]>summary{margin-bottom:10px}
 summary{cursor:pointer;font-weight:600;font-size:14px}
 pre{font:12px/1.5 ui-monospace,"Liberation Mono",monospace;overflow-x:auto;max-height:480px}
 footer{margin-top:52px;padding-top:12px;border-top:1px solid var(--line);color:var(--muted);

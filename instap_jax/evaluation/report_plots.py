@@ -46,6 +46,17 @@ class Dot:
     hollow: bool = False
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Bar:
+    """One share. `slot` None: of a reference outside the report, grey and hatched. `tick`: what
+    chance would give."""
+
+    row: int
+    slot: int | None
+    value: float
+    tick: float | None = None
+
+
 def curve_plot(
     curves: Sequence[Curve],
     *,
@@ -93,9 +104,19 @@ def curve_plot(
 
 
 def dot_plot(
-    dots: Sequence[Dot], rows: Sequence[str], chance: Sequence[float], *, unit: str, label: str
+    dots: Sequence[Dot],
+    rows: Sequence[str],
+    chance: Sequence[float],
+    *,
+    unit: str,
+    label: str,
+    limit: float | None = 100.0,
 ) -> Html:
-    """Values by row, one colour per run, 95 % intervals as whiskers, chance as a grey tick."""
+    """Values by row, one colour per run, 95 % intervals as whiskers, chance as a grey tick.
+
+    Args:
+      limit: end of the axis; None: as far as the values go.
+    """
     per_row = max((sum(d.row == row for d in dots) for row in range(len(rows))), default=1)
     lines = max((row.count("\n") + 1 for row in rows), default=1)
     height = max(0.3, 0.13 * per_row + 0.12, 0.17 * lines + 0.1)  # inches; room for the labels
@@ -114,7 +135,36 @@ def dot_plot(
     )
     axes.set_yticks(range(len(rows)), rows, color=_INK)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlim(0, 102)
+    if limit is None:
+        limit = max([*chance, *(dot.high or dot.value for dot in dots)], default=1.0)
+    axes.set_xlim(0, 1.02 * limit)
+    axes.set_xlabel(unit, color=_MUTED)
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", color=_LINE, lw=0.7)
+    axes.tick_params(axis="y", length=0, labelsize=9)
+    return _svg(figure, label)
+
+
+def bar_plot(bars: Sequence[Bar], rows: Sequence[str], *, unit: str, label: str) -> Html:
+    """Shares by row as horizontal bars with their values, one colour per run."""
+    per_row = max((sum(bar.row == row for bar in bars) for row in range(len(rows))), default=1)
+    figure, axes = _axes(5.4, 0.75 + len(rows) * max(0.34, 0.17 * per_row + 0.1))
+    height = 0.8 / per_row
+    for row in range(len(rows)):
+        mine = [bar for bar in bars if bar.row == row]
+        for place, bar in enumerate(mine):
+            y = row + (place - (len(mine) - 1) / 2) * height
+            color = _MUTED if bar.slot is None else _SLOTS[bar.slot % SERIES]
+            face, hatch = ("none", "////") if bar.slot is None else (color, None)
+            axes.barh(y, bar.value, 0.82 * height, color=face, edgecolor=color, hatch=hatch, lw=0.6)
+            end = max(bar.value, bar.tick or 0.0)
+            axes.text(end + 1, y, f"{bar.value:.1f}", va="center", size=7.5, color=_MUTED)
+            if bar.tick is not None:
+                reach = 0.41 * height
+                axes.vlines(bar.tick, y - reach, y + reach, color=_INK, lw=1.3)
+    axes.set_yticks(range(len(rows)), rows, color=_INK)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(0, 1.12 * max([bar.value for bar in bars], default=1.0))
     axes.set_xlabel(unit, color=_MUTED)
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color=_LINE, lw=0.7)
@@ -198,7 +248,7 @@ def _themed(svg: str, label: str) -> Html:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'<style type="text/css">.*?</style>', "", svg, flags=re.S)
-    svg = re.sub(r' id="(?!p[0-9a-f]{10}|m[0-9a-f]{10})[^"]*"', "", svg)
+    svg = re.sub(r' id="(?![pmh][0-9a-f]{10}")[^"]*"', "", svg)
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
     for stand_in, variable in _VARIABLES.items():
         svg = svg.replace(stand_in, f"var({variable})")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from instap_jax.errors import UserError
+from instap_jax.evaluation.gallery import Case, read_cases
 from instap_jax.evaluation.results import DIRECTORY, Result, config_hash, read_results
 from instap_jax.train.metrics import read_metrics
 
@@ -26,7 +27,7 @@ class Run:
       changed: {dotted key: (default, value)}.
       file, overrides: where the configuration came from.
       lines: of metrics.jsonl, by step.
-      results: by task.
+      results: by task. cases: pictures of single cases, by task.
       missing: sentences for the reader.
     """
 
@@ -39,6 +40,7 @@ class Run:
     overrides: Sequence[str]
     lines: Sequence[Mapping[str, Any]]
     results: Mapping[str, Result]
+    cases: Mapping[str, Sequence[Case]]
     missing: Sequence[str]
 
     @property
@@ -123,6 +125,7 @@ def _load(path: Path, name: str, slot: int) -> Run:
         overrides=config.get("overrides", []),
         lines=lines,
         results=results,
+        cases={task: read_cases(path, task) for task in results},
         missing=missing,
     )
 

@@ -1,0 +1,73 @@
+"""Measurements of several runs that may be put side by side, and how they are headed."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from instap_jax.evaluation.report_html import Html, join, note, swatch, tag
+from instap_jax.evaluation.report_runs import Run
+from instap_jax.evaluation.results import Measurement, shared_line, weights_line
+
+NO_MARGIN = tag("span", "", class_="pm")  # keeps the numbers of a column below each other
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Entry:
+    """One measurement of one run, in a group of equal protocol."""
+
+    run: Run
+    measurement: Measurement
+
+    @property
+    def head(self) -> Html:
+        return join(
+            swatch(self.run.slot),
+            f"{self.run.name} ",
+            tag("span", weights_line(self.measurement.protocol), class_="pm"),
+        )
+
+    @property
+    def untrained(self) -> bool:
+        return self.measurement.protocol.step == 0
+
+    @property
+    def scoring(self) -> str:
+        return self.measurement.protocol.scoring
+
+
+def groups(runs: Sequence[Run], task: str, *, any_scoring: bool = False) -> list[list[Entry]]:
+    """Measurements that may be compared: same suite, unit, scoring, frames, notes and sizes.
+
+    With `any_scoring` the ways of scoring share a group, for tables that name it in every row.
+    """
+    found: dict[tuple, list[Entry]] = {}
+    for run in runs:
+        if task in run.results:
+            for one in run.results[task].measurements:
+                same = dataclasses.replace(one.protocol, weights="", step=0)
+                if any_scoring:
+                    same = dataclasses.replace(same, scoring="")
+                key = (dataclasses.astuple(same), tuple(one.counts.items()))
+                found.setdefault(key, []).append(Entry(run, one))
+    return list(found.values())
+
+
+def heading(group: Sequence[Entry], *, any_scoring: bool = False) -> Html:
+    """Suite and unit as the title, the whole protocol that the entries share below it."""
+    protocol, counts = group[0].measurement.protocol, group[0].measurement.counts
+    if any_scoring:
+        protocol = dataclasses.replace(protocol, scoring="")
+    title = tag("h3", f"{protocol.suite}: {protocol.unit}")
+    return join(title, tag("p", shared_line(protocol, counts), class_="protocol"))
+
+
+def remarks(group: Sequence[Entry]) -> Html:
+    """What holds for single runs, once each."""
+    said = {(entry.run.name, text): None for entry in group for text in entry.measurement.remarks}
+    return join(*(note(tag("b", name), ": ", text) for name, text in said))
+
+
+def cell(value: float, margin: float | None = None, *, best: bool = False, digits: int = 1) -> Html:
+    """A number, perhaps with half of its interval, bold where it is the best of its column."""
+    shown = f"{value:.{digits}f}"
+    spread = NO_MARGIN if margin is None else tag("span", f"±{margin:.{digits}f}", class_="pm")
+    return join(tag("b", shown) if best else shown, spread)
