@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,11 +11,14 @@ import torch
 from flax import nnx
 from ml_collections import ConfigDict
 
+from instap_jax import config_check
+from instap_jax.data.tokenizer import train_sentencepiece
 from instap_jax.evaluation import aligned
 from instap_jax.interop import instap, keys
 from instap_jax.interop.export import describe
 from instap_jax.interop.torch_model import InstAP as TorchInstAP
 from instap_jax.models.instap import InstAP
+from instap_jax.train import checkpoint, inputs
 from instap_jax.train.objectives import OBJECTIVES
 from instap_jax.types import Batch
 
@@ -115,3 +119,18 @@ def embed_with_torch(pair: Pair, batch: Batch) -> dict[str, np.ndarray]:
                 back
             ],
         }
+
+
+def write_run(workdir: Path, config: ConfigDict, params: nnx.State) -> Path:
+    """A workdir with one checkpoint, as the loop or an import leaves it."""
+    config_check.record(config_check.LoadedConfig(config=config, file="", overrides={}), workdir)
+    meta = {"stage": config.stage, "inputs": inputs.identify(config)}
+    checkpoint.write_params(str(workdir), params, meta=meta)
+    return workdir
+
+
+def write_words(directory: Path, config: ConfigDict) -> None:
+    """A sentencepiece vocabulary, which the configuration then names."""
+    path = directory / "words.model"
+    path.write_bytes(train_sentencepiece(["a red ball rolls to the left of a blue box"] * 3, 300))
+    config.tokenizer.update(kind="sentencepiece", path=str(path))

@@ -523,7 +523,7 @@ class InstAP(nn.Module):
 
     def text_ids(self, texts):
         """Texts or ids -> int64 [B, s] on the model's device."""
-        if not len(texts) or isinstance(texts[0], str):
+        if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
             texts = self.tokenizer(texts)
         return torch.as_tensor(texts, dtype=torch.int64, device=self.temp.device)
 

@@ -1,0 +1,189 @@
+"""Exports: what is in the directory, that it opens and comes back bit for bit, what is refused."""
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import foreign
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from safetensors import safe_open
+from tiny import tiny_config
+from torch_export import make_pair, to_torch, write_run, write_words
+
+from instap_jax import main
+from instap_jax.config_check import LoadedConfig
+from instap_jax.data.tokenizer import train_sentencepiece
+from instap_jax.interop import instap, torch_model
+from instap_jax.interop.export import export
+from instap_jax.interop.importing import convert
+from instap_jax.interop.keys import leaves
+from instap_jax.interop.safetensors_file import SafetensorsWriter
+from instap_jax.train.checkpoint import StoredParams
+
+
+@pytest.fixture(scope="module")
+def pair():
+    config = tiny_config("stage2")
+    config.text.update(vocab_size=320, depth=3, fusion_layers=1)
+    return make_pair(config)
+
+
+@pytest.fixture(scope="module")
+def run(pair, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("run")
+    write_words(root, pair.config)
+    return write_run(root / "run", pair.config, pair.params)
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("exports") / "torch"
+    assert main.main(["convert", "--to=torch", f"--input={run}", f"--output={out}"]) == 0
+    return out
+
+
+def failed(capsys, *args: str) -> str:
+    assert main.main(["convert", *args]) == 2
+    err = [x for x in capsys.readouterr().err.splitlines() if x.startswith("instap convert:")]
+    assert len(err) == 1
+    return err[0]
+
+
+def test_directory_holds_everything(pair, exported):
+    names = {path.name for path in exported.iterdir()}
+    assert names == {
+        "config.json", "convert_report.json", "model.safetensors", "tokenizer.model",
+        "torch_model.py",
+    }  # fmt: skip
+    assert (exported / "torch_model.py").read_text() == Path(torch_model.__file__).read_text()
+    assert not list(exported.parent.glob(".*"))  # nothing left of the writing aside
+    expected = to_torch(pair.params)
+    with safe_open(exported / "model.safetensors", framework="pt") as file:
+        assert set(file.keys()) == expected.keys()
+        for key in file.keys():  # noqa: SIM118 - it is no dictionary
+            assert torch.equal(file.get_tensor(key), expected[key]), key
+    with open(exported / "model.safetensors", "rb") as file:
+        assert struct.unpack("<Q", file.read(8))[0] % 8 == 0
+    report = json.loads((exported / "convert_report.json").read_text())
+    assert {entry["name"] for entry in report["entries"]} == expected.keys()
+    size = sum(total["bytes"] for total in report["totals"].values())
+    assert size == sum(4 * leaf.size for leaf in leaves(pair.params).values())
+
+
+def test_opens_strictly(pair, exported, tmp_path):
+    model = torch_model.InstAP.from_pretrained(exported).eval()
+    texts = ["A red ball rolls.", "", "[MASK] box " * 9]
+    with torch.inference_mode():
+        ids = model.text_ids(texts)
+        assert torch.equal(model.encode_text(texts), pair.theirs.encode_text(ids))
+    damaged = tmp_path / "damaged"
+    shutil.copytree(exported, damaged)
+    state = foreign.save(dict(list(model.state_dict().items())[1:]), damaged / "model.safetensors")
+    with pytest.raises(RuntimeError, match="Missing key"):
+        torch_model.InstAP.from_pretrained(state.parent)
+    (damaged / "config.json").write_text('{"format": "other"}')
+    with pytest.raises(ValueError, match="not an export"):
+        torch_model.InstAP.from_pretrained(damaged)
+
+
+def test_back_bit_for_bit(pair, exported, tmp_path, capsys):
+    out = tmp_path / "back"
+    assert main.main(["convert", "--from=torch", f"--input={exported}", f"--output={out}"]) == 0
+    assert "fresh                0" in capsys.readouterr().out
+    stored = StoredParams(str(out))
+    for name, value in leaves(pair.params).items():
+        np.testing.assert_array_equal(stored.read(name), np.asarray(value), err_msg=name)
+    # And out again: the same bytes.
+    export(out, tmp_path / "again", layout="torch")
+    for name in ("model.safetensors", "tokenizer.model"):
+        assert (tmp_path / "again" / name).read_bytes() == (exported / name).read_bytes()
+    files = (exported / "config.json", tmp_path / "again" / "config.json")
+    first, again = (json.loads(file.read_text()) for file in files)
+    assert first | {"trained": 0} == again | {"trained": 0}
+
+
+def test_umt_gets_its_own_keys_and_ours_beside(tmp_path):
+    config = tiny_config("stage2")
+    config.text.update(vocab_size=60, depth=3, fusion_layers=1, max_length=40)
+    config.distill.layers = 2
+    pair = make_pair(config)
+    run = write_run(tmp_path / "run", config, pair.params)
+    assert main.main(["convert", "--to=umt", f"--input={run}", f"--output={tmp_path}/umt"]) == 0
+    state = torch.load(tmp_path / "umt" / "umt.pth", weights_only=True)["model"]
+    theirs = foreign.umt_weights(foreign.UMT())
+    del theirs["clip_teacher.proj"]
+    assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in theirs.items()}
+    assert all(state[k].dtype == v.dtype for k, v in theirs.items())
+    words = state["text_encoder.bert.embeddings.word_embeddings.weight"]
+    assert torch.equal(state["text_encoder.cls.predictions.decoder.weight"], words)
+    extra = torch.load(tmp_path / "umt" / "instap_extra.pth", weights_only=True)["model"]
+    ours, tied = to_torch(pair.params), state.keys() - to_torch(pair.params).keys()
+    assert extra.keys() == ours.keys() - state.keys() and len(extra) == 13 and len(tied) == 3
+    for key, value in ours.items():
+        assert torch.equal((state | extra)[key], value), key
+    loaded = LoadedConfig(config=config, file="", overrides={})
+    convert("umt", tmp_path / "umt" / "umt.pth", tmp_path / "back", loaded)
+    stored = StoredParams(str(tmp_path / "back"))
+    for name, value in leaves(pair.params).items():
+        if not name.startswith(("cross_attention", "instance_temperature")):
+            np.testing.assert_array_equal(stored.read(name), np.asarray(value), err_msg=name)
+
+
+def test_every_option_is_known_to_the_export():
+    """A new field of these sections must be placed: does it change what the model computes?"""
+    config = tiny_config("stage2")
+    for section, fields in instap.FORWARD.items():
+        placed = [*fields, *instap.TRAINING[section]]
+        assert sorted(placed) == sorted(config[section].keys()), section
+    assert instap.FORMAT == torch_model.FORMAT
+
+
+def test_refusals_leave_nothing(pair, run, exported, tmp_path, capsys, monkeypatch):
+    out = f"--output={tmp_path}/out"
+    to = ("--to=torch", out)
+    assert "/nowhere/config.json" in failed(capsys, "--input=/nowhere", *to)
+    assert "exists" in failed(capsys, "--to=torch", f"--input={run}", f"--output={exported}")
+    stage1 = tiny_config("stage1", **{"teacher.checkpoint": str(run)})
+    config_only = tmp_path / "stage1"
+    config_only.mkdir()
+    (config_only / "config.json").write_text(json.dumps({"config": stage1.to_dict()}))
+    assert "stage 'distill'" in failed(capsys, f"--input={config_only}", *to)
+    flat = dict(nnx.to_flat_state(pair.params))
+    path = ("vision_projection", "bias")
+    flat[path] = flat[path].replace(np.where(np.arange(16) == 1, np.nan, 0).astype(np.float32))
+    params = nnx.from_flat_state(flat)
+    other = write_run(tmp_path / "nan", pair.config, params)
+    message = failed(capsys, f"--input={other}", *to)
+    assert "vision_projection.bias" in message and "not finite" in message
+    monkeypatch.setitem(instap.TRAINING, "align", instap.TRAINING["align"][1:])
+    assert "config.align.rec" in failed(capsys, f"--input={run}", *to)
+    monkeypatch.undo()
+    words = Path(pair.config.tokenizer.path)
+    before = words.read_bytes()
+    try:
+        words.write_bytes(train_sentencepiece(["something else altogether"] * 3, 280))
+        assert "is not the tokenizer" in failed(capsys, f"--input={run}", *to)
+    finally:
+        words.write_bytes(before)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["nan", "stage1"]
+
+
+def test_writer_wants_every_key_once_and_as_announced(tmp_path):
+    shapes = {"a": (2, 3), "b": ()}
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    with SafetensorsWriter(tmp_path / "x.safetensors", shapes) as writer:
+        writer.write("b", np.float32(7))  # in any order
+        writer.write("a", array.T.copy().T)  # not contiguous
+    with safe_open(tmp_path / "x.safetensors", framework="np") as file:
+        np.testing.assert_array_equal(file.get_tensor("a"), array)
+        assert file.get_tensor("b") == 7
+    unfinished = SafetensorsWriter(tmp_path / "y", shapes)
+    with pytest.raises(ValueError, match="1 keys not written, first b"), unfinished as writer:
+        writer.write("a", array)
+    other = SafetensorsWriter(tmp_path / "z", {"a": (3, 2)})
+    with pytest.raises(ValueError, match="not float32"), other as writer:
+        writer.write("a", array)
