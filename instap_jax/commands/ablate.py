@@ -5,38 +5,46 @@ from pathlib import Path
 from absl import flags
 
 from instap_jax import config_check
+from instap_jax.data.records import open_source
 from instap_jax.errors import UserError
-from instap_jax.study.runs import Suites
+from instap_jax.study.runs import Evaluation
 from instap_jax.study.study import Study, run_study
-from instap_jax.study.summary import MEAN_RECALL, markdown
+from instap_jax.study.summary import markdown
 from instap_jax.study.tables import TABLES
 from instap_jax.train.stop import StopRequest
 
 
 def define_flags(values: flags.FlagValues) -> None:
+    def text(name: str, default: str | None, help_text: str, *, required: bool = False) -> None:
+        flags.DEFINE_string(name, default, help_text, required=required, flag_values=values)
+
+    def names(name: str, default: list[str], help_text: str) -> None:
+        flags.DEFINE_list(name, default, help_text, flag_values=values)
+
     config_check.define_flag(values)
-    names = ", ".join(TABLES)
-    flags.DEFINE_string("table", None, f"which rows: {names}", required=True, flag_values=values)
-    flags.DEFINE_string(
-        "out", None, "directory of the study; another table may share it", required=True,
-        flag_values=values,
-    )  # fmt: skip
-    flags.DEFINE_list("seeds", ["0", "1", "2"], "seeds of every row", flag_values=values)
-    flags.DEFINE_string("videos", "", "video suites to evaluate on: DIR:SPLIT, ...",
-                        flag_values=values)  # fmt: skip
-    flags.DEFINE_string("images", "", "image suites", flag_values=values)
+    text("table", None, f"which rows: {', '.join(TABLES)}", required=True)
+    text("out", None, "directory of the runs; tables that share rows may share it", required=True)
+    names("seeds", ["0", "1", "2"], "of every row, separated by commas")
+    names("task", ["retrieval"], "of `instap evaluate`")
+    text("videos", "", "video suites to evaluate on: DIR:SPLIT, separated by commas")
+    text("images", "", "image suites")
+    text("probe_videos", "", "DIR:SPLIT that probes are fitted on")
+    text("probe_images", "", "the same for images")
+    names("metrics", ["mean_recall"], "columns: mean_recall, t2v/R@1, size/accuracy, ...")
     flags.DEFINE_enum(
-        "equal", "steps", ["steps", "time"], "what the rows have in common: the number of steps, "
-        "or the time they take", flag_values=values,
-    )  # fmt: skip
-    flags.DEFINE_list(
-        "metrics", [MEAN_RECALL], f"of retrieval: {MEAN_RECALL}, t2v/R@1, v2t/R@1, ...",
+        "equal",
+        "steps",
+        ["steps", "time"],
+        "what rows have in common: the number of steps, or the time that they take",
         flag_values=values,
-    )  # fmt: skip
+    )
     flags.DEFINE_integer(
-        "jobs", 1, "runs at a time, each with its share of the cores", lower_bound=1,
+        "jobs",
+        1,
+        "runs at a time, each with its share of the cores",
+        lower_bound=1,
         flag_values=values,
-    )  # fmt: skip
+    )
 
 
 def run(values: flags.FlagValues) -> None:
@@ -44,7 +52,7 @@ def run(values: flags.FlagValues) -> None:
         loaded=config_check.load(values),
         table=values["table"].value,
         seeds=_seeds(values["seeds"].value),
-        suites=_suites(values),
+        evaluation=_evaluation(values),
         out=Path(config_check.absolute(values["out"].value)),
         equal=values["equal"].value,
         metrics=tuple(values["metrics"].value),
@@ -62,12 +70,22 @@ def _seeds(texts: list[str]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, texts)))
 
 
-def _suites(values: flags.FlagValues) -> Suites:
+def _evaluation(values: flags.FlagValues) -> Evaluation:
+    """What to measure; wrong names are found now, not when the first run has been trained."""
+    from instap_jax.evaluation.context import parse_suites
+    from instap_jax.evaluation.tasks import TASKS
+
     def absolute(name: str) -> str:
         parts = (part.strip() for part in values[name].value.split(",") if part.strip())
         return ",".join(map(config_check.absolute, parts))
 
-    suites = Suites(videos=absolute("videos"), images=absolute("images"))
-    if not suites.videos and not suites.images:
+    given = {name: absolute(name) for name in ("videos", "images", "probe_videos", "probe_images")}
+    tasks = ",".join(values["task"].value)
+    if not tasks or set(tasks.split(",")) - TASKS.keys():
+        raise UserError(f"--task={tasks}: tasks are {', '.join(TASKS)}")
+    if not given["videos"] and not given["images"]:
         raise UserError("no suite: give --videos=DIR:SPLIT or --images=DIR:SPLIT")
-    return suites
+    for names in (("videos", "images"), ("probe_videos", "probe_images")):
+        for suite in parse_suites(*(given[name] for name in names)):
+            open_source(suite.directory, suite.split, suite.kind)
+    return Evaluation(task=tasks, **given)

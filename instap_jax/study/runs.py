@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from instap_jax import config_check
 from instap_jax.config_check import LoadedConfig
 from instap_jax.errors import UserError
+from instap_jax.evaluation.results import DIRECTORY
 from instap_jax.study.tables import Row
 from instap_jax.train.metrics import read_metrics
 
@@ -27,11 +28,14 @@ CALIBRATION_STEPS = 40
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Suites:
-    """What runs are evaluated on: flags of `instap evaluate`, paths absolute."""
+class Evaluation:
+    """How runs are measured: flags of `instap evaluate`, paths absolute."""
 
+    task: str
     videos: str
     images: str
+    probe_videos: str
+    probe_images: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +47,7 @@ class Run:
       workdir: of `instap train`.
       config: resolved and checked; what the workdir must hold.
       file: of --config. overrides: dotted key -> value; they make `config` out of `file`.
-      suites: None for a calibration, which is not evaluated.
+      evaluation: None for a calibration, which is not evaluated.
     """
 
     name: str
@@ -53,7 +57,7 @@ class Run:
     config: ConfigDict
     file: str
     overrides: dict[str, Any]
-    suites: Suites | None
+    evaluation: Evaluation | None
 
     @property
     def last(self) -> int:
@@ -65,13 +69,8 @@ class Run:
         return _instap("train", f"--config={self.file}", *flags, f"--workdir={self.workdir}")
 
     def evaluate_command(self) -> list[str]:
-        return _instap(
-            "evaluate",
-            f"--workdir={self.workdir}",
-            "--task=retrieval",
-            f"--videos={self.suites.videos}",
-            f"--images={self.suites.images}",
-        )
+        flags = [f"--{key}={value}" for key, value in dataclasses.asdict(self.evaluation).items()]
+        return _instap("evaluate", f"--workdir={self.workdir}", *flags)
 
     def trained(self) -> bool:
         """Whether the checkpoint of the last step is there."""
@@ -86,17 +85,20 @@ class Run:
         return lines[-1]["step"] if lines else 0
 
     def evaluated(self) -> bool:
-        """Whether these weights have been measured on these suites."""
-        if self.suites is None:
+        """Whether these weights have been measured in this way."""
+        if self.evaluation is None:
             return True
+        tasks = self.evaluation.task.split(",")
+        if not all((self.workdir / DIRECTORY / f"{task}.json").exists() for task in tasks):
+            return False
         try:
-            return json.loads(self._marker.read_text()) == self._evaluation()
+            return json.loads(self._marker.read_text()) == self._evaluated()
         except (OSError, ValueError):
             return False
 
     def mark_evaluated(self) -> None:
         aside = self._marker.with_suffix(".partial")
-        aside.write_text(json.dumps(self._evaluation()) + "\n")
+        aside.write_text(json.dumps(self._evaluated()) + "\n")
         os.replace(aside, self._marker)
 
     def done(self) -> bool:
@@ -106,12 +108,12 @@ class Run:
     def _marker(self) -> Path:
         return self.workdir / "evaluated.json"
 
-    def _evaluation(self) -> dict[str, Any]:
-        return {"step": self.last, **dataclasses.asdict(self.suites)}
+    def _evaluated(self) -> dict[str, Any]:
+        return {"step": self.last, **dataclasses.asdict(self.evaluation)}
 
 
 def plan_run(
-    loaded: LoadedConfig, row: Row, seed: int, out: Path, *, steps: int, suites: Suites
+    loaded: LoadedConfig, row: Row, seed: int, out: Path, *, steps: int, evaluation: Evaluation
 ) -> Run:
     """The run of a row with a seed.
 
@@ -121,7 +123,7 @@ def plan_run(
     folder = row.name if steps == loaded.config.steps else f"{row.name}@{steps}"
     changes = row.changes() | {"seed": seed, "steps": steps}
     name = f"{folder}/seed{seed}"
-    return _plan(loaded, row, changes, name=name, workdir=out / name, suites=suites)
+    return _plan(loaded, row, changes, name=name, workdir=out / name, evaluation=evaluation)
 
 
 def plan_calibration(loaded: LoadedConfig, row: Row, out: Path) -> Run:
@@ -129,10 +131,10 @@ def plan_calibration(loaded: LoadedConfig, row: Row, out: Path) -> Run:
     stop = min(CALIBRATION_STEPS, loaded.config.steps)
     changes = row.changes() | {"stop_at": stop, "log.every": 1, "log.tensorboard": False}
     name = f"calibration/{row.name}"
-    return _plan(loaded, row, changes, name=name, workdir=out / name, suites=None)
+    return _plan(loaded, row, changes, name=name, workdir=out / name, evaluation=None)
 
 
-def _plan(loaded: LoadedConfig, row: Row, changes, *, name, workdir: Path, suites) -> Run:
+def _plan(loaded: LoadedConfig, row: Row, changes, *, name, workdir: Path, evaluation) -> Run:
     config = loaded.config.copy_and_resolve_references()
     config.update_from_flattened_dict(changes)
     try:
@@ -148,7 +150,7 @@ def _plan(loaded: LoadedConfig, row: Row, changes, *, name, workdir: Path, suite
         file=loaded.file,
         # The row's own changes after the user's: an override is of every run's common ground.
         overrides=dict(loaded.overrides) | changes,
-        suites=suites,
+        evaluation=evaluation,
     )
 
 

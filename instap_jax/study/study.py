@@ -11,8 +11,8 @@ from instap_jax.study.plot import plot
 from instap_jax.study.runner import Runner, locked
 from instap_jax.study.runs import (
     CALIBRATION_STEPS,
+    Evaluation,
     Run,
-    Suites,
     calibrated_seconds,
     plan_calibration,
     plan_run,
@@ -35,7 +35,7 @@ class Study:
     loaded: LoadedConfig
     table: str
     seeds: tuple[int, ...]
-    suites: Suites
+    evaluation: Evaluation
     out: Path
     equal: str
     metrics: tuple[str, ...]
@@ -81,7 +81,9 @@ def _plan(study: Study, table: Table, steps: dict[str, int]) -> list[Run]:
       UserError: a row does not fit, or its directory holds a run of other settings.
     """
     runs = [
-        plan_run(study.loaded, row, seed, study.out, steps=steps[row.name], suites=study.suites)
+        plan_run(
+            study.loaded, row, seed, study.out, steps=steps[row.name], evaluation=study.evaluation
+        )
         for seed in study.seeds
         for row in table.rows
     ]

@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from instap_jax.errors import UserError
-from instap_jax.evaluation.results import Protocol, flatten, read_results, shared_line
+from instap_jax.evaluation.results import flatten, read_results, shared_line
 from instap_jax.study.runs import Run, step_seconds
 from instap_jax.study.statistics import Estimate, estimate, paired_difference
 from instap_jax.study.tables import Table
-
-TASK = "retrieval"
-MEAN_RECALL = "mean_recall"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,10 +77,10 @@ def summarise(
 
     Args:
       runs: of the table's rows, finished or not.
-      metrics: of a retrieval result, 'mean_recall', 't2v/R@1' and so on.
+      metrics: of the results files, 'mean_recall', 't2v/R@1', 'size/accuracy' and so on.
 
     Raises:
-      UserError: a run has no such metric.
+      UserError: no result of a run has one of them.
     """
     protocols: dict[str, list[str]] = {}  # line -> rows measured so
     values: dict[str, dict[Column, dict[int, float]]] = {row.name: {} for row in table.rows}
@@ -108,18 +105,20 @@ def summarise(
 
 def _measured(run: Run, metrics: Sequence[str]) -> tuple[dict[Column, float], list[str]]:
     """The columns of one run, and the protocol line of each of its measurements."""
-    found, shown = {}, []
-    for measurement in read_results(run.workdir)[TASK].measurements:
-        protocol: Protocol = measurement.protocol
-        flat = flatten(measurement.metrics)
-        for metric in metrics:
-            if metric not in flat:
-                raise UserError(f"--metrics={metric}: results of {TASK} have {', '.join(flat)}")
-            column = Column(
-                suite=protocol.suite, unit=protocol.unit, scoring=protocol.scoring, metric=metric
-            )
-            found[column] = float(flat[metric])
-        shown.append(shared_line(protocol, measurement.counts))
+    found, shown, known = {}, [], {}
+    results = read_results(run.workdir)
+    for task in run.evaluation.task.split(","):
+        for measurement in results[task].measurements:
+            protocol, flat = measurement.protocol, flatten(measurement.metrics)
+            known |= flat
+            for metric in (metric for metric in metrics if metric in flat):
+                place = {name: getattr(protocol, name) for name in ("suite", "unit", "scoring")}
+                found[Column(**place, metric=metric)] = float(flat[metric])
+            if any(metric in flat for metric in metrics):
+                shown.append(shared_line(protocol, measurement.counts))
+    for metric in metrics:
+        if metric not in known:
+            raise UserError(f"--metrics={metric}: {run.name} measured {', '.join(known)}")
     return found, shown
 
 

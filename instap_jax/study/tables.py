@@ -104,6 +104,7 @@ TABLES: dict[str, Table] = {
             Row(label="shared temperature", ablation="shared_temperature"),
             Row(label="captions from their start", ablation="whole_captions"),
             Row(label="scene unmasked", ablation="unmasked"),
+            Row(label="sigmoid loss", ablation="sigmoid"),
         ),
     ),
     "context": Table(
@@ -111,6 +112,11 @@ TABLES: dict[str, Table] = {
         rows=_single_changes(
             Row(label="no cross-attention", ablation="no_cross_attention"),
             Row(label="scene-anchored crops", ablation="scene_anchor"),
+            Row(label="box size code", ablation="size_code"),
+            Row(label="motion code", ablation="motion_code"),
+            Row(label="anchor, size and motion", ablation="box_codes"),
+            Row(label="looser crops", ablation="loose_crops"),
+            Row(label="small start of XAttn", ablation="small_start"),
         ),
     ),
     "frames": Table(

@@ -1,0 +1,308 @@
+"""Tables over seeds: their numbers, what is run and what is not, and one run for real."""
+
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import load_config
+
+from instap_jax import config_check, main
+from instap_jax.config_check import LoadedConfig
+from instap_jax.study import runner, runs, tables
+from instap_jax.study.statistics import T_QUANTILES, estimate, paired_difference
+from instap_jax.study.tables import TABLES, Row, Table
+
+FAKE = Path(__file__).parent / "fake_instap.py"
+CONFIG = str(Path(__file__).parent.parent / "configs" / "tiny.py")
+
+# --- numbers ------------------------------------------------------------------------------------
+
+
+def test_the_quantiles_leave_95_percent_inside():
+    """By integrating Student's density, written from its formula."""
+    for freedom, quantile in enumerate(T_QUANTILES, start=1):
+        x = np.linspace(-quantile, quantile, 40_001)
+        scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2)
+        density = (
+            scale / math.sqrt(freedom * math.pi) * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+        )
+        assert np.trapezoid(density, x) == pytest.approx(0.95, abs=1e-5), freedom
+
+
+def test_interval_of_a_mean():
+    values = [71.0, 74.5, 69.5, 73.0]
+    mean = sum(values) / 4
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / 3)
+    found = estimate(values)
+    assert (found.mean, found.count) == (pytest.approx(mean), 4)
+    assert found.half == pytest.approx(3.18245 * deviation / 2, rel=1e-4)
+    assert estimate([5.0]).half is None and not estimate([5.0]).excludes_zero()
+    assert estimate([]) is None
+    assert estimate(range(40)).half > 0  # beyond the table
+
+
+def test_differences_are_paired_by_seed():
+    """Seeds differ by far more than the rows do, and only common seeds count."""
+    theirs = {0: 20.0, 1: 60.0, 2: 90.0, 7: 0.0}
+    ours = {2: 93.0, 0: 22.0, 1: 62.5, 9: 500.0}
+    found = paired_difference(ours, theirs)
+    assert (found.mean, found.count) == (pytest.approx(2.5), 3)
+    assert found.half == pytest.approx(4.30265 * 0.5 / math.sqrt(3), rel=1e-4)
+    assert found.excludes_zero()
+    assert not estimate([ours[s] for s in (0, 1, 2)]).excludes_zero()
+    assert paired_difference({0: 1.0}, {1: 1.0}) is None
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize(("file", "part"), [("tiny", ("stage2",)), ("stage2_l16", ())])
+def test_every_row_fits_the_configurations_it_is_for(name, file, part):
+    table = TABLES[name]
+    names = [row.name for row in table.rows]
+    assert len(set(names)) == len(names)
+    assert {table.rival(row) for row in table.rows} - {""} <= set(names)
+    assert any(not table.rival(row) for row in table.rows)
+    loaded = LoadedConfig(config=load_config(file, *part), file=file, overrides={})
+    steps = loaded.config.steps
+    for row in table.rows:
+        run = runs.plan_run(loaded, row, 3, Path("out"), steps=steps, evaluation=None)
+        assert run.config.seed == 3 and run.name == f"{row.name}/seed3"
+        if row.ablation and not row.overrides:
+            named = load_config(file, ",".join((*part, row.ablation)))
+            named.seed = 3
+            assert run.config.to_dict() == named.to_dict()
+        elif not row.changes():
+            assert row.name == tables.REFERENCE
+
+
+# --- what is run --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("packed")
+    assert main.main([
+        "synth", f"--out={root}/set", "--train_videos=16", "--train_images=16",
+        "--suite_size=8", "--val_size=8",
+    ]) == 0  # fmt: skip
+    annotations = f"--annotations={root}/set/annotations.jsonl"
+    media = f"--media={root}/set/media"
+    pack = ["pack", annotations, media, f"--out={root}/packed", "--short_side=24", "--processes=1"]
+    assert main.main(pack) == 0
+    return root
+
+
+class Desk:
+    """Gives `instap ablate` its flags, and knows what it has run."""
+
+    def __init__(self, packed: Path, out: Path):
+        self.out, self._packed, self.log = out, packed, out.parent / "calls"
+        self._read = 0
+
+    def flags(self, table: str, *more: str) -> list[str]:
+        suites = f"--videos={self._packed}/packed:video_1k"
+        config = f"--config={CONFIG}:stage2"
+        return ["ablate", config, f"--table={table}", f"--out={self.out}", suites, *more]
+
+    def __call__(self, table: str, *more: str) -> int:
+        return main.main(self.flags(table, "--config.steps=80", *more))
+
+    def calls(self) -> list[str]:
+        """'VERB ROW/seedN' of what was run since the last time, sorted."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        fresh, self._read = lines[self._read :], len(lines)
+        return sorted(line.rsplit(" ", 1)[0] for line in fresh)
+
+    def table(self, name: str) -> dict:
+        return json.loads((self.out / f"{name}.json").read_text())
+
+
+@pytest.fixture
+def desk(packed, tmp_path, monkeypatch) -> Desk:
+    made = Desk(packed, tmp_path / "study")
+    monkeypatch.setenv("FAKE_LOG", str(made.log))
+    monkeypatch.setattr(runs, "_instap", lambda *args: [sys.executable, str(FAKE), *args])
+    monkeypatch.setattr(runner, "_POLL_SECONDS", 0.02)
+    return made
+
+
+def both(*places: str) -> list[str]:
+    return sorted(f"{verb} {place}" for verb in ("train", "evaluate") for place in places)
+
+
+def test_a_table_its_rerun_its_growth_and_a_table_that_shares_rows(desk, capsys):
+    assert desk("table4", "--seeds=0,1") == 0
+    assert desk.calls() == both("umt_g/seed0", "instap/seed0", "umt_g/seed1", "instap/seed1")
+    rows = desk.table("table4")["rows"]
+    assert [row["name"] for row in rows] == ["umt_g", "instap"]
+    instance = next(m for m in rows[1]["metrics"] if m["unit"] == "instance captions")
+    assert instance["values"] == {"0": 50.0, "1": 57.0}
+    assert instance["mean"]["mean"] == 53.5
+    assert instance["mean"]["half"] == pytest.approx(12.7062 * 3.5, rel=1e-5)
+    assert instance["difference"] == {"mean": 20.0, "half": 0.0, "count": 2}
+    text = (desk.out / "table4.md").read_text()
+    assert "| with L_inst | `instap` | 2/2 | 80 | 0.400 | 53.5 ± 44.5 |" in text
+    assert "| with L_inst | without L_inst | **+20.0 ± 0.0** |" in text
+    assert text in capsys.readouterr().out
+    assert (desk.out / "table4.png").stat().st_size > 10_000
+
+    assert desk("table4", "--seeds=0,1") == 0
+    assert desk.calls() == []
+    assert desk("table1", "--seeds=0") == 0
+    assert desk.calls() == both("umt_gi/seed0")
+    assert "One seed: no interval." in (desk.out / "table1.md").read_text()
+    # Other suites: measured again, not trained again.
+    images = f"--images={desk._packed}/packed:img_1k"
+    assert desk("table4", "--seeds=1", images) == 0
+    assert desk.calls() == ["evaluate instap/seed1", "evaluate umt_g/seed1"]
+    assert "img_1k" in (desk.out / "table4.md").read_text()
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(desk, capsys, monkeypatch):
+    monkeypatch.setenv("FAKE_FAIL", "umt_g/seed0")
+    assert desk("table4", "--seeds=0,1") == 2
+    assert desk.calls() == sorted(
+        [*both("instap/seed0", "umt_g/seed1", "instap/seed1"), "train umt_g/seed0"]
+    )
+    err = capsys.readouterr().err
+    log = desk.out / "logs" / "umt_g-seed0.log"
+    assert f"FAILED umt_g/seed0 (train, exit 2): instap train: the data are gone; see {log}" in err
+    assert err.endswith(
+        "instap ablate: 1 of 4 runs failed: umt_g/seed0; the same command tries them again\n"
+    )
+    row = desk.table("table4")["rows"][0]
+    assert row["seeds"] == [1]
+    assert row["metrics"][0]["mean"]["half"] is None
+    assert desk.table("table4")["rows"][1]["metrics"][0]["difference"]["count"] == 1
+    monkeypatch.delenv("FAKE_FAIL")
+    assert desk("table4", "--seeds=0,1") == 0
+    assert desk.calls() == both("umt_g/seed0")
+
+
+def test_an_interrupted_run_is_finished_by_the_same_command(desk, capsys, monkeypatch):
+    monkeypatch.setenv("FAKE_WAIT", "instap/seed0")
+
+    def interrupt():
+        while not (desk.out / "instap" / "seed0" / "metrics.jsonl").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert desk("table4", "--seeds=0") == 130
+    thread.join()
+    assert desk.calls() == sorted([*both("umt_g/seed0"), "train instap/seed0"])
+    kept = [path.name for path in (desk.out / "instap" / "seed0" / "checkpoints").iterdir()]
+    assert kept == ["1"]  # it saved the step it was in, which does not make it done
+    monkeypatch.delenv("FAKE_WAIT")
+    assert desk("table4", "--seeds=0") == 0
+    assert desk.calls() == both("instap/seed0")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("--config.optimizer.learning_rate=0.5", "optimizer.learning_rate (0.001 there, 0.5 now)"),
+        ("--table=tabel4", "tables are table1"),
+        ("--videos=/nowhere:video_1k", "'/nowhere'"),
+        ("--videos=", "no suite"),
+        ("--seeds=0,x", "--seeds=0,x"),
+        ("--task=retrieve", "--task=retrieve: tasks are retrieval"),
+        ("--jobs=100000", "--jobs=100000: there are"),
+        ("--config.align.vtc=0.0", "row umt_g: config: align: every term has weight 0"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_in_one_line_and_nothing_is_run(desk, capsys, change, words):
+    workdir = desk.out / "umt_g" / "seed0"
+    (workdir / "checkpoints" / "80").mkdir(parents=True)
+    config = load_config("tiny", "stage2,umt_g")
+    config.steps = 80
+    plain = {"config": json.loads(json.dumps(config.to_dict()))}
+    (workdir / "config.json").write_text(json.dumps(plain))
+    assert desk("table4", "--seeds=0", change) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("instap ablate: ") and err.count("\n") == 1
+    assert words in err
+    assert desk.calls() == []
+
+
+def test_a_second_study_in_the_directory_is_refused(desk, capsys):
+    with runner.locked(desk.out):
+        assert desk("table4", "--seeds=0") == 2
+    assert "another `instap ablate`" in capsys.readouterr().err
+    assert desk.calls() == []
+
+
+def test_a_configuration_edited_meanwhile_is_noticed(desk, capsys, monkeypatch):
+    real = runs.Run.train_command
+    monkeypatch.setattr(
+        runs.Run, "train_command", lambda run: [*real(run), "--config.data.frames=2"]
+    )
+    assert desk("table4", "--seeds=0") == 2
+    assert "data.frames (2 there, 4 now)" in capsys.readouterr().err
+    assert not any(call.startswith("evaluate") for call in desk.calls())
+
+
+def test_equal_time_trains_what_is_cheap_for_longer(desk):
+    """The median of each kind of step, weighted; compiling steps do not count."""
+    assert desk("table4", "--seeds=0", "--equal=time") == 0
+    calls = desk.calls()
+    assert [call for call in calls if "calibration" in call] == [
+        "train calibration/instap",
+        "train calibration/umt_g",
+    ]
+    assert "train umt_g@160/seed0" in calls and "train instap/seed0" in calls
+    table = desk.table("table4-time")
+    assert [row["steps"] for row in table["rows"]] == [160, 80]
+    assert "umt_g 0.175, instap 0.350" in table["notes"][0]
+    assert desk("table4", "--seeds=0", "--equal=time") == 0
+    assert desk.calls() == []
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+def test_two_jobs_have_a_share_of_the_cores_each(desk):
+    assert desk("table4", "--seeds=0", "--jobs=2") == 0
+    shares = {line.rsplit(" ", 1)[1] for line in desk.log.read_text().splitlines()}
+    cores = [set(share.split(",")) for share in shares]
+    assert len(cores) == 2 and not cores[0] & cores[1]
+
+
+# --- for real -----------------------------------------------------------------------------------
+
+
+def test_a_run_of_two_steps_for_real(packed, tmp_path, monkeypatch):
+    """The commands as they are, in their own processes."""
+    annotations = f"--annotations={packed}/set/annotations.jsonl"
+    tokenizer = f"{packed}/tokenizer.model"
+    assert main.main(["tokenizer", annotations, f"--out={tokenizer}", "--vocab_size=320"]) == 0
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    one = Table(title="one", rows=(Row(label="g", ablation="umt_g"),), reference="umt_g")
+    monkeypatch.setitem(TABLES, "one", one)
+    overrides = {
+        "data.images": f"{packed}/packed:train", "data.batch_size": 4, "data.canvas": "(24, 32)",
+        "tokenizer.path": tokenizer, "tokenizer.length": 8,
+        "vision.width": 16, "vision.depth": 1, "vision.heads": 2, "vision.image_size": 16,
+        "text.width": 16, "text.depth": 2, "text.heads": 2,
+        "align.crop_size": 8, "align.projection": 8,
+        "steps": 2, "optimizer.warmup_steps": 1, "log.every": 1, "log.tensorboard": False,
+    }  # fmt: skip
+    flags = [f"--config.{key}={value}" for key, value in overrides.items()]
+    assert main.main([
+        "ablate", f"--config={CONFIG}:stage2", "--table=one", "--seeds=5",
+        f"--out={tmp_path}/out", f"--images={packed}/packed:img_1k", *flags,
+    ]) == 0  # fmt: skip
+    row = json.loads((tmp_path / "out" / "one.json").read_text())["rows"][0]
+    assert row["seeds"] == [5] and row["steps"] == 2
+    assert {m["unit"] for m in row["metrics"]} == {"global captions", "instance captions"}
+    assert all(0 <= m["mean"]["mean"] <= 100 for m in row["metrics"])
+    stored = config_check.read(tmp_path / "out" / "umt_g" / "seed5")
+    assert stored.seed == 5 and stored.align.instance == 0 and stored.vision.width == 16
