@@ -241,11 +241,35 @@ def _choice_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _grounding_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
+    return _with_floors(metrics, metrics["floors"])
+
+
+def _classification_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
+    interval = metrics["top-1 interval"]
+    rows = _with_floors(metrics, {"majority classes": metrics["majority"]})
+    return [*rows, [f"top-1, 95 % interval: {interval['low']:.2f} .. {interval['high']:.2f}"]]
+
+
+def _with_floors(metrics: Mapping[str, Any], floors: Mapping[str, Any]) -> list[list[str]]:
+    names = [name for name, value in metrics.items() if not isinstance(value, Mapping)]
+    rows = [["percent", *names]]
+    for label, one in {"model": metrics, **floors}.items():
+        rows.append([label, *(f"{one[name]:.2f}" for name in names)])
+    return rows
+
+
 def _any_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
     return [["metric", "value"], *([name, f"{v:g}"] for name, v in flatten(metrics).items())]
 
 
-_ROWS = {"retrieval": _retrieval_rows, "probe": _probe_rows, "choice": _choice_rows}
+_ROWS = {
+    "retrieval": _retrieval_rows,
+    "probe": _probe_rows,
+    "choice": _choice_rows,
+    "grounding": _grounding_rows,
+    "classification": _classification_rows,
+}
 
 
 def _aligned(rows: list[list[str]]) -> str:

@@ -20,8 +20,8 @@ def initial_params(
 
     A run of the same stage gives everything, one of a stage in `Objective.starts_from` the modules
     named there; `config.text.checkpoint` gives `text`. Strict both ways: a module that is taken
-    fits parameter by parameter, and one that the other run has is taken. Prints where every module
-    comes from.
+    fits parameter by parameter, and one that the other run has is taken, or named in
+    `Objective.leaves`. Prints where every module comes from.
 
     Args:
       abstract: of the parameters, with shardings.
