@@ -21,8 +21,9 @@ from instap_jax.config import default
 from instap_jax.data import media, pipeline
 from instap_jax.data.captions import sentence_for_epoch, split_sentences, text_hash
 from instap_jax.data.groups import fitting_size
-from instap_jax.data.pipeline import Corpus, FaultMonitor, evaluation_groups, parse_corpora
-from instap_jax.data.records import CorruptRecordError, open_source
+from instap_jax.data.pipeline import Corpus, FaultMonitor, parse_corpora
+from instap_jax.data.records import CorruptRecordError, RecordSource, open_source
+from instap_jax.data.suite import read_suite
 from instap_jax.errors import UserError
 from instap_jax.types import Batch, Fault, Kind, Record
 
@@ -337,6 +338,8 @@ def test_batches_that_are_kept_are_not_overwritten(config):
 class Memory:
     """A record source over records in memory; an exception in a record's place is raised."""
 
+    kind = Kind.VIDEO
+
     def __init__(self, records: list):
         self.records = records
 
@@ -471,35 +474,46 @@ def test_any_mixture_of_bad_samples_keeps_captions_with_their_media(config, memo
 # --- evaluation ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("host_count", [1, 2])
-def test_evaluation_covers_a_split_once_in_order(config, corpus, host_count):
+@pytest.mark.parametrize(("host_count", "workers"), [(1, 0), (2, 0), (1, 2)])
+def test_evaluation_covers_a_split_once_in_order(config, corpus, host_count, workers, monkeypatch):
+    source = open_source(f"{corpus}/jpeg", "train", Kind.VIDEO)
+    reads, read = [], RecordSource.__getitem__
+    monkeypatch.setattr(RecordSource, "__getitem__", lambda s, i: (reads.append(i), read(s, i))[1])
     hosts = [
-        list(evaluation_groups(config, f"{corpus}/jpeg", "train", Kind.VIDEO, 4, 3, h, host_count))
-        for h in range(host_count)
-    ]
-    steps = [batch for step in zip(*hosts, strict=True) for batch in step]
-    records, texts, instances = [], [], 0
-    for batch in steps:
-        assert batch["frames"].shape == steps[0]["frames"].shape == (1, 3, 4, 40, 48, 3)
-        assert batch["boxes"].shape == steps[0]["boxes"].shape
+        list(read_suite(config, source, frames=4, groups=2, group_size=2, workers=workers,
+                        host_index=host, host_count=host_count))
+        for host in range(host_count)
+    ]  # fmt: skip
+    if not workers:  # else they are read in other processes
+        assert sorted(reads) == list(range(CLIPS))  # each record once
+    monkeypatch.undo()
+    records, texts, facts, instances = [], [], [], 0
+    for step in (part for parts in zip(*hosts, strict=True) for part in parts):
+        batch = step.batch
+        assert batch["frames"].shape == (2 // host_count, 2, 4, 40, 48, 3)
+        counts = batch["instance_valid"].sum(axis=1)
+        assert batch["boxes"].shape[1] == max(1, counts.max())
         assert not batch["fault"].any() and not batch["dropped"].any()
         records += batch["record"][batch["sample_valid"]].tolist()
         texts += batch["text_hash"][batch["sample_valid"]].tolist()
+        facts += step.facts
         assert not batch["frames"][~batch["sample_valid"]].any()
         assert batch["present"].any(axis=2)[batch["instance_valid"]].all()
-        instances += int(batch["instance_valid"].sum())
+        instances += int(counts.sum())
     assert records == list(range(CLIPS))
-    source = open_source(f"{corpus}/jpeg", "train", Kind.VIDEO)
     assert instances == sum(len(r.instance_ids) for r in source)  # also those seen in no frame
     assert texts == [text_hash(r.captions[0]) for r in source]  # whole captions
+    assert [one.id for one in facts] == [r.id for r in source]
+    for one, record in zip(facts, source):
+        assert [i.captions for i in one.instances] == list(record.instance_captions)
 
 
-def test_an_instance_between_the_frames_is_shown_in_the_nearest(config, memory):
+def test_an_instance_between_the_frames_is_shown_in_the_nearest(config):
     present = np.zeros((2, 12), bool)
     present[0, 3] = True  # the chosen frames are 1, 4, 7 and 10
     twelve = make_record().media_bytes * 3
-    memory(make_record(media_bytes=twelve, **make_instances(("A. B.",) * 2, present)))
-    batch = next(evaluation_groups(config, "", "", Kind.VIDEO, 4, 1))
+    source = Memory([make_record(media_bytes=twelve, **make_instances(("A. B.",) * 2, present))])
+    batch = next(read_suite(config, source, frames=4, groups=1, group_size=1, workers=0)).batch
     assert batch["present"][0, 0].tolist() == [False, True, False, False]
     assert batch["present"][0, 1].sum() == 1 and batch["instance_valid"].all()
     assert batch["instance_text_hash"][0, 0] == text_hash("A. B.")

@@ -21,7 +21,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent import futures
 from multiprocessing import connection, resource_tracker
 from typing import Any
@@ -32,7 +32,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from instap_jax.data.groups import GroupBuilder, GroupRef, SampleRef, Use
-from instap_jax.data.records import CorruptRecordError, RecordSource, open_source
+from instap_jax.data.records import RecordSource, open_source
 from instap_jax.data.tokenizer import Tokenizer, check_ids, check_vocab_size, load_tokenizer
 from instap_jax.errors import UserError
 from instap_jax.types import Batch, Fault, Kind
@@ -393,57 +393,3 @@ def unknown_label(source: RecordSource, record: int, classes: Sequence[str]) -> 
         f"{found.id} has {what}; config.classify.classes knows {len(classes)} classes, "
         f"{classes[0]!r} to {classes[-1]!r}"
     )
-
-
-def evaluation_groups(
-    config: ConfigDict,
-    directory: str,
-    split: str,
-    kind: Kind,
-    frames: int,
-    group_size: int,
-    host_index: int = 0,
-    host_count: int = 1,
-) -> Iterator[Batch]:
-    """Goes once through a split, in order; every batch has one group (g = 1) of static shape.
-
-    Frames are the middles of T = `frames` equal segments (1 for images), texts whole captions cut
-    to `tokenizer.length`, and every instance is there: n is the largest number that a group has.
-    An instance that no chosen frame shows is present in the one nearest to its appearance. Groups
-    go to the hosts in turn, each host yields equally many; what is missing at the end is padded
-    with samples of `sample_valid` False and `fault` 0. Reads every record twice: n comes first.
-
-    Raises:
-      UserError: the split cannot be opened, no tokenizer.
-    """
-    source = open_source(directory, split, kind)
-    per_step = group_size * host_count
-    steps = math.ceil(len(source) / per_step)
-    counts = np.zeros(steps * per_step, np.int64)
-    counts[: len(source)] = [_instances_of(source, record) for record in range(len(source))]
-    builder = GroupBuilder(
-        sources=[source],
-        tokenizer=open_tokenizer(config),
-        use=Use.EVALUATE,
-        group_size=group_size,
-        frames=frames if kind is Kind.VIDEO else 1,
-        sampling="uniform",
-        canvas=tuple(config.data.canvas),
-        length=config.tokenizer.length,
-        budget=max(1, int(counts.reshape(-1, group_size).sum(axis=1).max(initial=0))),
-        caption_sampling=config.data.caption_sampling,
-        classes=tuple(config.classify.classes),
-        seed=0,
-    )
-    for step in range(steps):
-        first = (step * host_count + host_index) * group_size
-        records = range(first, min(first + group_size, len(source)))
-        refs = [SampleRef(corpus=0, record=r, epoch=0, turn=r) for r in records]
-        yield builder.build([GroupRef(first=first, samples=refs)])
-
-
-def _instances_of(source: RecordSource, record: int) -> int:
-    try:
-        return len(source[record].instance_ids)
-    except CorruptRecordError:
-        return 0

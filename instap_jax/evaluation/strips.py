@@ -36,7 +36,7 @@ def read_frames(source: RecordSource, record: int, frames: int) -> list[np.ndarr
 
 
 def uniform_frames(record: Record, frames: int) -> np.ndarray:
-    """int64 [T]: the frames of a record that evaluation looks at, as `evaluation_groups`."""
+    """int64 [T]: the frames of a record that evaluation looks at, as `read_suite`."""
     return choose_frames(len(record.frame_index), frames, "uniform", np.random.default_rng(0))
 
 
