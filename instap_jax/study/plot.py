@@ -7,7 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from instap_jax.study.summary import Column, Summary
+from instap_jax.study.summary import Column, Line, Summary
 
 # Okabe and Ito's: told apart by colour-blind eyes too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -29,16 +29,21 @@ def plot(summary: Summary, path: Path) -> None:
     axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for axis, (group, columns) in zip(axes, groups.items()):
         _panel(axis, summary, columns, suites)
-        axis.set_title(group[2], fontsize=10, color=_INK)
-        axis.set_xlabel(f"{group[0].replace('_', ' ')} (%)", color=_MUTED, fontsize=9)
+        metric, scoring, unit = group
+        title = unit if len({other for _, other, _ in groups}) == 1 else f"{unit}\n{scoring}"
+        axis.set_title(title, fontsize=10, color=_INK)
+        axis.set_xlabel(f"{metric.replace('_', ' ')} (%)", color=_MUTED, fontsize=9)
     axes[0].set_yticks(range(len(summary.lines)), [line.label for line in summary.lines])
     axes[0].set_ylim(len(summary.lines) - 0.5, -0.5)
     handles = [
-        Line2D([], [], color=_COLOURS[i % len(_COLOURS)], marker="o", ms=5, label=suite)
+        Line2D([], [], color=_COLOURS[i % len(_COLOURS)], lw=3, label=suite)
         for i, suite in enumerate(suites)
     ]
+    handles.append(Line2D([], [], ls="", marker="o", ms=4, mfc="white", mec=_INK, label="a seed"))
+    handles.append(Line2D([], [], ls="", marker="|", ms=11, mew=2, color=_INK, label="mean"))
+    handles.append(Line2D([], [], lw=3.5, alpha=0.35, color=_INK, label="95 % interval"))
     figure.legend(
-        handles=handles, loc="outside lower center", ncols=len(suites), frameon=False, fontsize=9
+        handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9
     )
     figure.suptitle(summary.title, fontsize=11, color=_INK, x=0.01, ha="left")
     aside = path.with_name(f".{path.name}.partial")
@@ -48,19 +53,14 @@ def plot(summary: Summary, path: Path) -> None:
 
 def _panel(axis, summary: Summary, columns: list[Column], suites: list[str]) -> None:
     for index, line in enumerate(summary.lines):
+        if not any(line.values.get(column) for column in columns):
+            middle = axis.get_yaxis_transform()
+            axis.text(0.5, index, "not yet run", transform=middle, color=_MUTED, fontsize=8,
+                      ha="center", va="center")  # fmt: skip
         for column in columns:
             place = suites.index(column.suite)
             y = index + (place - (len(suites) - 1) / 2) * 0.62 / max(len(suites), 2)
-            colour = _COLOURS[place % len(_COLOURS)]
-            values = list(line.values.get(column, {}).values())
-            found = line.estimate(column)
-            if found is None:
-                continue
-            axis.plot(values, [y] * len(values), "o", ms=3, color=colour, alpha=0.4, mew=0)
-            axis.plot(found.mean, y, "|" if found.half is None else "o", ms=5, color=colour)
-            if found.half is not None:
-                ends = max(found.mean - found.half, 0), min(found.mean + found.half, 100)
-                axis.plot(ends, [y, y], "-", lw=1.4, color=colour)
+            _draw(axis, y, line, column, _COLOURS[place % len(_COLOURS)])
     for index in range(len(summary.lines) - 1):
         axis.axhline(index + 0.5, color=_LINE, lw=0.8, zorder=0)
     axis.grid(axis="x", color=_LINE, lw=0.6)
@@ -68,3 +68,16 @@ def _panel(axis, summary: Summary, columns: list[Column], suites: list[str]) -> 
     axis.tick_params(length=0, labelsize=9, labelcolor=_INK)
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
+
+
+def _draw(axis, y: float, line: Line, column: Column, colour: str) -> None:
+    """One row and suite: a ring for each seed, a stroke for the mean, a bar for its interval."""
+    found = line.estimate(column)
+    if found is None:
+        return
+    if found.half is not None:
+        ends = max(found.mean - found.half, 0), min(found.mean + found.half, 100)
+        axis.plot(ends, [y, y], "-", lw=3.5, alpha=0.35, color=colour, solid_capstyle="butt")
+        axis.plot(found.mean, y, "|", ms=11, mew=2, color=colour)
+    values = list(line.values[column].values())
+    axis.plot(values, [y] * len(values), "o", ms=4, mfc="white", mec=colour, mew=1.0)
