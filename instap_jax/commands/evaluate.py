@@ -17,7 +17,12 @@ def define_flags(values: flags.FlagValues) -> None:
         flags.DEFINE_integer(name, default, help_text, lower_bound=low, flag_values=values)
 
     text("workdir", None, "directory of a trained run", required=True)
-    flags.DEFINE_list("task", "retrieval", "retrieval, probe", flag_values=values)
+    flags.DEFINE_list(
+        "task",
+        "retrieval",
+        "retrieval, probe, choice, errors, attention; of fine-tuned runs grounding, classification",
+        flag_values=values,
+    )
     text("videos", "", "video suites: DIR:SPLIT, separated by commas")
     text("images", "", "image suites")
     number("batch_size", 32, "samples a step, over all devices")

@@ -55,7 +55,8 @@ Maps = Callable[[Any, Batch], dict[str, jax.Array]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Shown:
-    """An instance to be drawn. maps: float32 [t, r, c] by method. mass, area: percent."""
+    """An instance to be drawn: `place` of its record. maps: float32 [t, r, c] by method, filtered.
+    mass (by method), area: percent."""
 
     record: int
     place: int
@@ -133,6 +134,8 @@ def _measure_suite(
 ) -> tuple[list[Measurement], list[Case]]:
     encoder, methods = context.encoder, map_methods(context.config)
     source = open_source(suite.directory, suite.split, suite.kind)
+    if not len(source):
+        raise UserError(f"{suite.directory}:{suite.split} has no {suite.kind} samples")
     frames = context.options.frames or context.preset.frames or encoder.config.data.frames
     frames = frames if suite.kind is Kind.VIDEO else 1
     wanted = choose_records(len(source), context.options.attention_cases)
