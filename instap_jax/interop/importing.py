@@ -36,6 +36,10 @@ KINDS: dict[str, Callable[[Weights, ConfigDict | None], Plan]] = {
     "torch": instap.plan,
 }
 REPORT = "convert_report.json"
+UNKNOWN_VOCABULARY = (
+    "the vocabulary: no tokenizer file lies beside the weights, and --config.tokenizer.path names "
+    "none; it is not checked"
+)
 
 
 def convert(kind: str, source: Path, output: Path, loaded: LoadedConfig | None) -> Report:
@@ -59,17 +63,19 @@ def convert(kind: str, source: Path, output: Path, loaded: LoadedConfig | None) 
     plan = KINDS[kind](weights, loaded.config if loaded else None)
     ignored = _check_names(plan, weights)
     state, entries = _fill(plan, weights)
+    vocabulary = _vocabulary(plan.config, file.parent)
+    unknown = plan.config.stage == "align" and not plan.config.tokenizer.path
     report = Report(
         source=str(file.absolute()),
         sha256=reading.digest(file),
         kind=plan.kind,
         stage=plan.config.stage,
         sizes=dict(plan.sizes),
-        assumed=plan.assumed,
+        assumed=plan.assumed + (UNKNOWN_VOCABULARY,) * unknown,
         beside=weights.beside,
         entries=(*entries, *ignored),
     )
-    _write(plan, report, state, output, _vocabulary(plan.config, file.parent), loaded)
+    _write(plan, report, state, output, vocabulary, loaded)
     return report
 
 

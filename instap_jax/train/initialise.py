@@ -88,7 +88,8 @@ def _text(config: ConfigDict, abstract: nnx.State, fresh: nnx.State) -> tuple[An
             f"config.text.checkpoint={source} is no text encoder: `instap convert --from=bert` "
             "makes one; a run is taken by config.checkpoint.init_from"
         )
-    inputs.check_tokenizer(config, meta, source)
+    if meta["inputs"]["tokenizer"]:  # not known where no vocabulary lay beside the weights
+        inputs.check_tokenizer(config, meta, source)
     left = {tuple(name.split(".")[1:]) for name in meta["fresh"]}
     places = dict(nnx.to_flat_state(abstract))
     wanted = {place: leaf for place, leaf in places.items() if place not in left}
