@@ -107,16 +107,17 @@ def test_every_layer_of_the_cross_attention(pair):
 
 # Every option that changes what is computed; several at once, to compile less.
 VARIANTS = {
-    "default": {"frames": 3},
-    "one frame, anchored, still, other sizes": {
+    "default": {},
+    "anchored, still, other sizes": {
         "align.scene_anchor": True,
         "align.still_boxes": True,
         "vision.image_size": 24,
         "vision.patch": 6,
         "align.crop_size": 12,
-        "frames": 1,
+        "frames": 3,
     },
-    "without cross-attention, whole crops, one temperature": {
+    "one frame, without cross-attention, whole crops, one temperature": {
+        "frames": 1,
         "align.cross_attention": False,
         "align.crop_size": None,
         "align.own_temperature": False,

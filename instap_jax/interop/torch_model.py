@@ -525,7 +525,7 @@ class InstAP(nn.Module):
         """Texts or ids -> int64 [B, s] on the model's device."""
         if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
             texts = self.tokenizer(texts)
-        return torch.as_tensor(texts, dtype=torch.int64, device=self.temp.device)
+        return _tensor(texts, self.temp.device).long()
 
     def normalise(self, pixels):
         """[..., 3] in [0, 255] -> standardised, in the model's dtype."""
