@@ -143,6 +143,12 @@ def test_every_error_is_counted_once_beside_its_chance():
     assert found[3].margin == 4.0
 
 
+def test_chance_never_retrieves_the_query_itself():
+    made = [instance(0, "one two"), instance(1, "three four")]
+    metrics = errors.sort_errors(made, np.array([1, 0]), np.zeros(2))[1]
+    assert metrics["other"]["chance"] == 100
+
+
 def test_nothing_wrong():
     metrics = errors.sort_errors([instance(0), instance(1)], np.array([-1, -1]), np.zeros(2))[1]
     assert metrics["wrong"] == 0 and metrics["other"]["share"] == 0
