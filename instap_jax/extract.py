@@ -144,7 +144,7 @@ def _embed(model: Model, part: list[tuple[Sample, _Clip]], rows: dict, index: li
     """Appends the features of some samples to `rows`, and their lines to `index`."""
     clips = [clip.frames for _, clip in part]
     rows["video"].append(model.encode_video(clips))
-    if any(sample.captions for sample, _ in part):
+    if part[0][0].line:  # of an annotation file: all have a caption
         rows["text"].append(model.encode_text([" ".join(s.captions) for s, _ in part]))
         instances = model.encode_instances(
             clips, [clip.boxes for _, clip in part], [clip.present for _, clip in part]
