@@ -291,3 +291,44 @@ def test_bert_equals_hugging_face(tmp_path, capsys, kind):
         assert not any("mlm_head" in path for path in fresh)
         expected = theirs.cls.predictions(hidden[3]).detach()
         close(np.asarray(text.mlm_logits(y))[seen], expected[seen], WHOLE)
+
+
+def test_where_a_text_encoder_is_not_taken_from(clips, tmp_path):
+    convert("clip", clips / "hf", tmp_path / "clip", None)
+    objective = OBJECTIVES["align"]
+
+    def start(**changes):
+        config = align_config(**changes)
+        config_check.check(config)
+        model = nnx.eval_shape(lambda: objective.create(config, nnx.Rngs(0)))
+        abstract = nnx.state(model)
+        initial_params(config, objective, abstract, abstract)
+
+    clip = {"text.checkpoint": str(tmp_path / "clip")}
+    with pytest.raises(UserError, match="is no text encoder"):
+        start(**clip)
+    with pytest.raises(UserError, match="is read by stage 'align' only, not by 'distill'"):
+        start(**clip, stage="distill")
+    foreign.bert_model().save_pretrained(tmp_path / "hf")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(55))]
+    (tmp_path / "hf" / "vocab.txt").write_text("\n".join(words))
+    convert("bert", tmp_path / "hf", tmp_path / "bert", given(align_config()))
+    (tmp_path / "other.txt").write_text("\n".join([*words[:-1], "other"]))
+    tokenizer = {
+        "kind": "wordpiece",
+        "path": str(tmp_path / "other.txt"),
+        "cls_id": 2,
+        "mask_id": 4,
+    }
+    tokenizer = {f"tokenizer.{key}": value for key, value in tokenizer.items()}
+    bert = {"text.checkpoint": str(tmp_path / "bert")}
+    with pytest.raises(UserError, match=r"other\.txt is not the tokenizer"):
+        start(**bert, **tokenizer)
+    tokenizer["tokenizer.path"] = str(tmp_path / "bert" / "vocab.txt")
+    with pytest.raises(UserError, match="do not fit this config"):
+        start(**bert, **tokenizer, **{"text.fusion_layers": 2})
+    # A run of stage 'align' as `init_from` has a text encoder of its own.
+    foreign.save(foreign.umt_weights(foreign.UMT()), tmp_path / "umt.safetensors")
+    convert("umt", tmp_path / "umt.safetensors", tmp_path / "umt", given(align_config()))
+    with pytest.raises(UserError, match="both give 'text'"):
+        start(**bert, **tokenizer, **{"checkpoint.init_from": str(tmp_path / "umt")})
