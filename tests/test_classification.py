@@ -193,7 +193,7 @@ def test_kinetics_official_csv(tmp_path):
 @pytest.mark.parametrize(
     ("text", "classes", "message"),
     [
-        ("a.mp4,7\n", "x\ny\n", r"in.csv:1: label '7' is none of the 2 classes"),
+        ("a.mp4,2\n", "x\ny\n", r"in.csv:1: label '2' is none of the 2 classes"),
         ("a.mp4,7\n", None, "label 7 is a number; name the classes with --classes"),
         ("a.mp4\n", None, "expected 'path,label'"),
         ("a.mp4,\n", None, "in.csv:1: no label"),

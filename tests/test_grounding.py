@@ -133,6 +133,7 @@ def ground_config():
     c = tiny_config("ground")
     c.steps = 60
     c.data.update(batch_size=16, frames=2)
+    c.optimizer.clip_norm = None  # Adam's moments are then the gradients, and the first state
     return c
 
 
