@@ -94,10 +94,11 @@ def _measure_suite(context: Context, suite: Suite) -> Measurement:
             unit="facts of instances",
             scoring="most similar of sentences that differ in one fact",
             frames=features.frames,
-            notes=f"mean of {WORDINGS} wordings; {encoder.instances}",
+            notes=f"mean of {WORDINGS} wordings; regions of the instances",
         ),
         metrics=metrics,
         counts={"instances": len(features.instance), "questions": len(questions)},
+        remarks=[f"instances: {encoder.instances}"],
     )
 
 

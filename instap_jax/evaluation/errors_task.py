@@ -69,11 +69,12 @@ def _measure_suite(context: Context, suite: Suite) -> tuple[Measurement, list[Ca
             unit="wrong instance retrievals",
             scoring="dual encoder, cosine, top 1",
             frames=found.frames,
-            notes=f"caption cut to {length} tokens; {context.encoder.instances}; "
-            f"uniform frames; {RULES}",
+            notes=f"caption cut to {length} tokens; regions of the instances; uniform frames; "
+            f"{RULES}",
         ),
         metrics=metrics,
         counts={"instances": len(instances), "samples": len(source)},
+        remarks=[f"instances: {context.encoder.instances}"],
     )
     return measurement, cases
 

@@ -61,9 +61,16 @@ def heading(group: Sequence[Entry], *, any_scoring: bool = False) -> Html:
 
 
 def remarks(group: Sequence[Entry]) -> Html:
-    """What holds for single runs, once each."""
-    said = {(entry.run.name, text): None for entry in group for text in entry.measurement.remarks}
-    return join(*(note(tag("b", name), ": ", text) for name, text in said))
+    """What holds for single runs, each remark once, after the runs that it is about."""
+    said: dict[str, dict[str, Html]] = {}
+    for entry in group:
+        for text in entry.measurement.remarks:
+            said.setdefault(text, {})[entry.run.name] = swatch(entry.run.slot)
+    lines = [
+        join(*(join(mark, f"{name} ") for name, mark in runs.items()), text)
+        for text, runs in said.items()
+    ]
+    return note(join(*(tag("span", line, class_="remark") for line in lines))) if lines else join()
 
 
 def cell(value: float, margin: float | None = None, *, best: bool = False, digits: int = 1) -> Html:

@@ -238,12 +238,14 @@ def _notes(context: Context, found: SuiteFeatures, unit: Unit) -> str:
     parts.append(f"texts cut to {context.encoder.config.tokenizer.length} tokens")
     if context.options.merge_equal_texts:
         parts.append("equal texts merged, each correct with all it belongs to")
-    return "; ".join([*parts, unit.shown, "uniform frames", TIE_RULE])
+    shown = unit.shown if unit.name == SAMPLES else "regions of the instances"
+    return "; ".join([*parts, shown, "uniform frames", TIE_RULE])
 
 
 def _remarks(context: Context, unit: Unit, *, reranked: bool) -> list[str]:
     """What sets this run apart, and so is no part of the protocol that runs are compared under."""
-    remarks = []
+    # Runs with and without an instance branch are compared: each embeds a region its own way.
+    remarks = [f"instances: {unit.shown}"] if unit.name == INSTANCES else []
     if not reranked and can_rerank(context, unit.term):
         remarks.append("not re-ranked: --top_k=0")
     elif not reranked:
