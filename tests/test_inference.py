@@ -145,10 +145,13 @@ def read(out):
 
 def test_features_of_an_annotation_file(run, model, tmp_path, capsys):
     root = pack_data.make_media(tmp_path / "media")
+    late = {"id": "late", "caption": "Late.", "boxes": [[10, 4, 4, 30, 30], [11, 4, 4, 30, 30]]}
+    clip_line = pack_data.video_line("b")
+    clip_line["instances"].append(late)
     lines = [
         pack_data.image_line("a"),
         pack_data.video_line("gone", media="gone.mp4"),
-        pack_data.video_line("b"),
+        clip_line,
         pack_data.image_line("c", instances=[]),
     ]
     file = pack_data.annotations(tmp_path / "a.jsonl", lines)
@@ -156,17 +159,16 @@ def test_features_of_an_annotation_file(run, model, tmp_path, capsys):
     args = (f"--workdir={run}", f"--annotations={file}", f"--media={root}", f"--out={out}")
     assert features(*args) == 0
     printed = capsys.readouterr()
-    assert "3 samples, 3 instances; 1 could not be read" in printed.out
+    assert "3 samples, 4 instances; 1 could not be read" in printed.out
     assert "gone.mp4: no such file" in printed.err
     arrays, index, faults = read(out)
-    assert {k: a.shape for k, a in arrays.items()} == dict.fromkeys(
-        ("video", "text", "instance", "instance_text"), (3, 16)
-    )
+    counts = {"video": 3, "text": 3, "instance": 4, "instance_text": 4}
+    assert {k: a.shape for k, a in arrays.items()} == {k: (n, 16) for k, n in counts.items()}
     assert [(i["row"], i["id"], i["frames"]) for i in index] == [
         (0, "a", [0]), (1, "b", [3, 9]), (2, "c", [0]),
     ]  # fmt: skip
-    assert [i["instances"] for i in index] == [
-        [{"row": 0, "id": "0"}], [{"row": 1, "id": "0"}, {"row": 2, "id": "b"}], [],
+    assert [[(k["row"], k["id"]) for k in line["instances"]] for line in index] == [
+        [(0, "0")], [(1, "0"), (2, "b"), (3, "late")], [],
     ]  # fmt: skip
     assert faults == [{"id": "gone", "media": "gone.mp4", "line": 2, "reason": "no such file"}]
     about = json.loads((out / "about.json").read_text())
@@ -174,16 +176,14 @@ def test_features_of_an_annotation_file(run, model, tmp_path, capsys):
     still = media.read_image(root / "still.jpg", 32)[None]
     clip = np.stack(media.read_frames(root / "clip.mp4", [3, 9], 32))
     np.testing.assert_allclose(arrays["video"], model.encode_video([still, clip, still]), atol=1e-5)
-    np.testing.assert_allclose(
-        arrays["instance_text"],
-        model.encode_text(["Sky.", "A cat. It runs.", "One. Two."]),
-        atol=1e-5,
-    )
-    # The cat is annotated from frame 2 to 6: of the chosen ones only the first shows it.
-    box = np.array([[[4.6 + 9.2 / 4, 3.4 + 6.8 / 4, 23 + 9.2 / 4, 17 + 17 / 4]] * 2])
-    box = (box / [46, 34, 46, 34]).astype(np.float32)
-    (cat,) = model.encode_instances([clip], [box], [np.array([[True, False]])])
-    np.testing.assert_allclose(arrays["instance"][1:2], cat, atol=1e-4)
+    sentences = model.encode_text(["Sky.", "A cat. It runs.", "One. Two.", "Late."])
+    np.testing.assert_allclose(arrays["instance_text"], sentences, atol=1e-5)
+    # Of the chosen frames only the first shows the cat (2 to 6), and none what comes at 10: that
+    # counts as present in the nearer one.
+    cat = [[4.6 + 9.2 / 4, 3.4 + 6.8 / 4, 23 + 9.2 / 4, 17 + 17 / 4]] * 2
+    boxes = np.array([cat, [[4, 4, 30, 30]] * 2]) / [46, 34, 46, 34]
+    (seen,) = model.encode_instances([clip], [boxes], [np.array([[True, False], [False, True]])])
+    np.testing.assert_allclose(arrays["instance"][[1, 3]], seen, atol=1e-4)
 
 
 def test_features_of_a_folder(run, model, tmp_path, capsys):

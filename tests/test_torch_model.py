@@ -114,7 +114,7 @@ VARIANTS = {
         "vision.image_size": 24,
         "vision.patch": 6,
         "align.crop_size": 12,
-        "frames": 3,
+        "frames": 4,  # an even number has two middles
     },
     "one frame, without cross-attention, whole crops, one temperature": {
         "frames": 1,
