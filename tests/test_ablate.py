@@ -84,6 +84,18 @@ def test_every_row_fits_the_configurations_it_is_for(name, file, part):
             assert row.name == tables.REFERENCE
 
 
+def test_a_row_comes_on_top_of_what_is_given_for_all_rows():
+    config = load_config("tiny", "stage2")
+    config.align.instance = 0.3
+    loaded = LoadedConfig(config=config, file="tiny.py", overrides={"align.instance": 0.3})
+    plan = {"steps": config.steps, "evaluation": None}
+    for row, weight in zip(TABLES["table4"].rows, (0.0, 0.3)):
+        run = runs.plan_run(loaded, row, 0, Path("out"), **plan)
+        assert run.config.align.instance == weight
+        assert f"--config.align.instance={weight}" in run.train_command()
+        assert sum("align.instance" in flag for flag in run.train_command()) == 1
+
+
 # --- what is run --------------------------------------------------------------------------------
 
 

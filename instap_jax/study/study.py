@@ -61,7 +61,7 @@ def run_study(study: Study, stop: StopRequest) -> Summary:
         runner = Runner(jobs=study.jobs, logs=study.out / "logs", lock=lock, stop=stop)
         steps, notes = _steps(study, table, runner)
         runs = _plan(study, table, steps)
-        summary = _write(study, table, runs, notes)
+        _write(study, table, runs, notes)
         failed = runner.execute(
             runs, f"ablate {study.table}", finished=lambda: _write(study, table, runs, notes)
         )
