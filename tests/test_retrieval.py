@@ -75,6 +75,8 @@ def embedded():
 
 def test_one_and_eight_devices_agree_bit_for_bit_over_several_blocks(embedded, monkeypatch):
     text, video, positives = embedded
+    whole = rank_queries(text, video, positives, mesh=mesh_of(1), top=7)
+    assert ranking.block_rows(203) > len(text)
     monkeypatch.setattr(ranking, "_BLOCK_SCORES", 16 * 203)
     assert ranking.block_rows(203) == 16
     one, eight = (
@@ -82,6 +84,8 @@ def test_one_and_eight_devices_agree_bit_for_bit_over_several_blocks(embedded, m
     )
     for name in ("rank", "top", "log_total"):
         np.testing.assert_array_equal(getattr(one, name), getattr(eight, name))
+    ranked = positives.of_each_text() > 0
+    np.testing.assert_array_equal(one.rank[ranked], whole.rank[ranked])
 
 
 def test_ranks_and_candidates_are_those_of_the_scores(embedded):
