@@ -51,6 +51,9 @@ for run in teacher stage1 stage2; do
   instap evaluate --workdir="$out/$run" --task=retrieval --frames=4 \
     --videos="$packed:video_1k" --images="$packed:img_1k,$packed:img_zero_1k"
 done
+# What instances of stage 2 tell, by what rules its wrong retrievals go, and where it looks.
+instap evaluate --workdir="$out/stage2" --task=choice,errors,attention --frames=4 \
+  --videos="$packed:video_1k"
 instap evaluate --workdir="$out/stage1" --task=probe \
   --videos="$packed:video_1k" --probe_videos="$packed:val_video"
 
