@@ -106,12 +106,14 @@ def test_back_bit_for_bit(pair, exported, tmp_path, capsys):
     assert first | {"trained": 0} == again | {"trained": 0}
 
 
-def test_umt_gets_its_own_keys_and_ours_beside(tmp_path):
+def test_umt_gets_its_own_keys_and_ours_beside(tmp_path, capsys):
     config = tiny_config("stage2")
     config.text.update(vocab_size=60, depth=3, fusion_layers=1, max_length=40)
     config.distill.layers = 2
     pair = make_pair(config)
     run = write_run(tmp_path / "run", config, pair.params)
+    to_torch_args = ("--to=torch", f"--input={run}", f"--output={tmp_path}/torch")
+    assert "tokenizer.path is not set" in failed(capsys, *to_torch_args)
     assert main.main(["convert", "--to=umt", f"--input={run}", f"--output={tmp_path}/umt"]) == 0
     state = torch.load(tmp_path / "umt" / "umt.pth", weights_only=True)["model"]
     theirs = foreign.umt_weights(foreign.UMT())

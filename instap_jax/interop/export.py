@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from instap_jax import config_check
 from instap_jax.aside import written_aside
+from instap_jax.data.tokenizer import load_tokenizer
 from instap_jax.errors import UserError
 from instap_jax.interop import instap, keys, umt
 from instap_jax.interop.report import Entry, Fate, as_json, totals
@@ -56,6 +57,8 @@ def export(workdir: Path, out: Path, *, layout: str) -> list[Entry]:
     _refuse_unknown_options(config, workdir)
     step, meta = checkpoint.read_meta(str(workdir))
     inputs.check_tokenizer(config, meta, str(workdir))
+    if layout == "torch":
+        load_tokenizer(config.tokenizer)  # a converted run may have none yet
     stored = checkpoint.StoredParams(str(workdir))
     create = functools.partial(OBJECTIVES["align"].create, config)
     stored.check(nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))))[1])
