@@ -65,7 +65,7 @@ ALLOWED = {
         "models",
         "data",
     },
-    "evaluation": {"config", "config_check", "sharding", "models", "data", "train"},
+    "evaluation": {"config", "config_check", "sharding", "box_losses", "models", "data", "train"},
     "interop": {"config", "config_check", "models", "data", "train"},
     "study": {"ablations", "config_check", "evaluation", "train"},
     "aside": set(),

@@ -34,8 +34,6 @@ def run(values: flags.FlagValues) -> None:
         )
     if loaded.config.checkpoint.init_from:
         raise UserError("config.checkpoint.init_from is what `select` finds out; leave it unset")
-    from instap_jax import sharding
-    from instap_jax.config import default
     from instap_jax.data.records import open_source
     from instap_jax.evaluation.context import Options, parse_suites
     from instap_jax.evaluation.selection import rank_candidates
@@ -52,7 +50,6 @@ def run(values: flags.FlagValues) -> None:
     ranked = rank_candidates(
         runs,
         validation[0],
-        sharding.make_mesh(default().mesh),
         batch_size=values["batch_size"].value,
     )
     print(f"distillation loss (1) on {validation[0].split}, newest checkpoint, same masks for all:")

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from instap_jax import config_check, sharding
+from instap_jax.config import default
 from instap_jax.data.records import open_source
 from instap_jax.data.suite import read_suite
 from instap_jax.errors import UserError
@@ -41,14 +42,13 @@ class Candidate:
     loss: float
 
 
-def rank_candidates(
-    workdirs: Sequence[Path], suite: Suite, mesh: Mesh, *, batch_size: int
-) -> list[Candidate]:
+def rank_candidates(workdirs: Sequence[Path], suite: Suite, *, batch_size: int) -> list[Candidate]:
     """The runs by their loss on `suite`, the lowest first; of equal ones the one named first.
 
     Raises:
       UserError: no runs, one that is not of stage 1, or runs whose losses cannot be compared.
     """
+    mesh = sharding.make_mesh(default().mesh)
     if not workdirs:
         raise UserError("no candidates: give --runs=RUN,RUN,...")
     configs = [config_check.read(workdir) for workdir in workdirs]
