@@ -1,7 +1,11 @@
 """Task 'retrieval' from packed records to its results file, on a run that trained VTM."""
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -156,6 +160,47 @@ def test_one_and_eight_devices_rank_alike(encoders, eight, made):  # noqa: F811
             ]
     for name in ("global captions", "instance captions"):
         assert ranks[1, name] == ranks[8, name]
+
+
+TWO_PROCESSES = """
+import os, sys
+import jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from instap_jax import main
+sys.exit(main.main(["evaluate", *sys.argv[3:]]))
+"""
+
+
+def test_two_processes_measure_what_one_does(aligned, made, tmp_path):  # noqa: F811
+    assert evaluate(aligned, made, "--top_k=3") == 0
+    other = tmp_path / "run"
+    shutil.copytree(aligned, other, ignore=shutil.ignore_patterns("eval"))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
+    command = [sys.executable, "-c", TWO_PROCESSES, address]
+    rest = [f"--workdir={other}", f"--videos={made}/packed:{SUITE}", "--batch_size=8", "--top_k=3"]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), *rest],
+            env=os.environ | {"XLA_FLAGS": flags},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    # One of them speaks, and it says what a single process does.
+    assert sorted("mean recall" in output for output in outputs) == [False, True]
+    found, expected = (
+        json.loads((workdir / "eval" / "retrieval.json").read_text())
+        for workdir in (other, aligned)
+    )
+    assert found["measurements"] == expected["measurements"]
+    assert found["checkpoint_hash"] == expected["checkpoint_hash"]
 
 
 def test_fingerprint_tells_values_from_places(encoders):
