@@ -55,7 +55,5 @@ def test_backward_rematerialisation_and_crops_cost_what_they_should(config):
     forward, both = flops(backward=False), flops()
     assert 2 * forward < both < 3 * forward  # the teacher has no backward pass
     assert both + forward / 4 < flops(remat="none") < both + forward
-    masked = flops(**{"align.crop_mask_ratio": 0.5})
-    smaller = flops(**{"align.crop_size": 16})
-    assert smaller < masked < both
-    assert flops(**{"align.still_boxes": True}) == both
+    # A quarter of the tokens, and less than a quarter of what their encoding costs is left.
+    assert flops(**{"align.crop_size": 16}) < both - forward / 4
