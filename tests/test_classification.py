@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from runner import Runner, batch_for
 from tiny import tiny_config
 
@@ -15,6 +16,7 @@ from instap_jax.data.converters import convert_file
 from instap_jax.data.converters.reading import Request
 from instap_jax.errors import UserError
 from instap_jax.evaluation import classification
+from instap_jax.train.objectives import objective
 
 
 def loss_reference(logits, labels, valid, smoothing) -> float:
@@ -154,6 +156,17 @@ def test_a_linear_probe_moves_the_head_alone():
     state, history = runner.run(batch, 8)
     assert moved(runner.initial.params, state.params) == {"encoder": False, "head": True}
     assert history[-1]["loss"] < history[0]["loss"]
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_stochastic_depth_is_of_full_fine_tuning_alone(frozen):
+    config = classify_config(**{"classify.frozen": frozen, "vision.drop_path": 0.5})
+    model = objective(config).create(config, nnx.Rngs(0))
+    noise = jax.random.normal(jax.random.key(0), model.head.linear.kernel[...].shape)
+    model.head.linear.kernel[...] = noise  # as initialised it hardly sees its input
+    video = jax.random.normal(jax.random.key(1), (16, 2, 16, 16, 3))
+    a, b = (model(video, key=jax.random.key(seed)) for seed in (2, 3))
+    assert bool((a == b).all()) == frozen
 
 
 # --- Kinetics lists ------------------------------------------------------------------------------
