@@ -21,13 +21,20 @@ CLIPS = 240_000
 DEVICES = 64
 
 
+def _read(path: str) -> tuple[str, ...]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"{path}: the list of classes cannot be read") from error
+    return tuple(line.strip() for line in lines if line.strip())
+
+
 def get_config(classes_file: str = ""):
     if not classes_file:
         raise ValueError("configs/classify_l16.py:CLASSES_FILE needs a file, one class a line")
     c = default()
     c.stage = "classify"
-    lines = Path(classes_file).read_text(encoding="utf-8").splitlines()
-    c.classify.classes = tuple(line.strip() for line in lines if line.strip())
+    c.classify.classes = _read(classes_file)
     c.data.batch_size = 4 * DEVICES
     c.data.view_area = (0.08, 1.0)
     steps_per_epoch = CLIPS / c.data.batch_size

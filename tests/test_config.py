@@ -171,7 +171,9 @@ def test_typos_end_in_one_line_and_exit_code_2(capsys, tmp_path, override, messa
     assert not workdir.exists()
 
 
-@pytest.mark.parametrize("path", ["missing.py", "tiny.py:nothing", "tiny.py"])
+@pytest.mark.parametrize(
+    "path", ["missing.py", "tiny.py:nothing", "tiny.py", "classify_l16.py", "classify_l16.py:/none"]
+)
 def test_wrong_config_file_is_one_line(capsys, tmp_path, path):
     code, text = run(capsys, "train", f"--config={CONFIGS / path}", f"--workdir={tmp_path}/run")
     assert (code, text.count("\n")) == (2, 1)
