@@ -16,7 +16,8 @@ for name, value in FLAGS.items():
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".xla_cache"))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-from absl import flags  # noqa: E402 - the environment comes first
+import pytest  # noqa: E402 - the environment comes first
+from absl import flags  # noqa: E402
 
 # grain's worker processes refuse to start before absl has parsed the command line.
 flags.FLAGS.mark_as_parsed()
@@ -24,3 +25,22 @@ flags.FLAGS.mark_as_parsed()
 # A runner that was started in the background ignores Ctrl-C, and the processes that tests interrupt
 # would inherit that; a handler is not inherited.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def small_set(tmp_path_factory) -> Path:
+    """A directory with a few packed samples of the embedded set and a tokenizer."""
+    from instap_jax import main
+
+    root = tmp_path_factory.mktemp("small")
+    annotations = f"--annotations={root}/set/annotations.jsonl"
+    commands = (
+        ("synth", f"--out={root}/set", "--train_videos=8", "--train_images=8", "--suite_size=8",
+         "--val_size=12", "--width=64", "--height=48", "--frames=8", "--processes=1"),
+        ("pack", annotations, f"--media={root}/set/media", f"--out={root}/packed",
+         "--short_side=24", "--processes=1"),
+        ("tokenizer", annotations, f"--out={root}/tokenizer.model", "--vocab_size=320"),
+    )  # fmt: skip
+    for command in commands:
+        assert main.main(command) == 0
+    return root

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from ranked import mesh_of
 from test_retrieval import reference
-from test_train import made, run  # noqa: F401 - a fixture
+from test_train import run
 from tiny import tiny_config
 
 from instap_jax import main
@@ -33,12 +33,12 @@ SUITE = "val_video"
 
 
 @pytest.fixture(scope="module")
-def aligned(made, tmp_path_factory):  # noqa: F811
+def aligned(small_set, tmp_path_factory):
     """A run of one step whose match head was trained on samples and on instances."""
     workdir = tmp_path_factory.mktemp("evaluate") / "aligned"
     changes = {
-        "data.videos": f"{made}/packed:train",
-        "tokenizer.path": f"{made}/tokenizer.model",
+        "data.videos": f"{small_set}/packed:train",
+        "tokenizer.path": f"{small_set}/tokenizer.model",
         "align.vtm": 1.0,
         "align.inst_vtm": 1.0,
         "stop_at": 1,
@@ -52,24 +52,24 @@ def encoders(aligned):
     return {devices: load_encoder(aligned, mesh_of(devices)) for devices in (1, 8)}
 
 
-def embed(encoder, made, **options):  # noqa: F811
+def embed(encoder, small_set, **options):
     options = {"batch_size": 8} | options
     with jax.set_mesh(encoder.mesh):
-        return embed_suite(encoder, f"{made}/packed", SUITE, Kind.VIDEO, **options)
+        return embed_suite(encoder, f"{small_set}/packed", SUITE, Kind.VIDEO, **options)
 
 
 @pytest.fixture(scope="module")
-def eight(encoders, made):  # noqa: F811
-    return embed(encoders[8], made, token_limit=1 << 30)
+def eight(encoders, small_set):
+    return embed(encoders[8], small_set, token_limit=1 << 30)
 
 
-def evaluate(workdir, made, *flags):  # noqa: F811
-    return main.main(["evaluate", f"--workdir={workdir}", f"--videos={made}/packed:{SUITE}",
+def evaluate(workdir, small_set, *flags):
+    return main.main(["evaluate", f"--workdir={workdir}", f"--videos={small_set}/packed:{SUITE}",
                       "--batch_size=8", *flags])  # fmt: skip
 
 
-def test_rows_are_records_and_instances_in_order(eight, made):  # noqa: F811
-    records = list(open_source(f"{made}/packed", SUITE, Kind.VIDEO))
+def test_rows_are_records_and_instances_in_order(eight, small_set):
+    records = list(open_source(f"{small_set}/packed", SUITE, Kind.VIDEO))
     assert [one.id for one in eight.facts] == [record.id for record in records]
     counts = [len(record.instance_ids) for record in records]
     assert eight.parent.tolist() == np.repeat(np.arange(len(records)), counts).tolist()
@@ -78,19 +78,19 @@ def test_rows_are_records_and_instances_in_order(eight, made):  # noqa: F811
     assert len(eight.instance) == len(eight.crop) == len(eight.entity) == sum(counts)
 
 
-def test_embeddings_are_those_of_the_model_one_record_at_a_time(encoders, eight, made):  # noqa: F811
-    alone = embed(encoders[1], made, batch_size=1, token_limit=1 << 30)
+def test_embeddings_are_those_of_the_model_one_record_at_a_time(encoders, eight, small_set):
+    alone = embed(encoders[1], small_set, batch_size=1, token_limit=1 << 30)
     for name in ("video", "text", "instance", "instance_text", "crop", "entity"):
         np.testing.assert_allclose(getattr(alone, name), getattr(eight, name), atol=2e-5)
     tokens = [np.concatenate([*map(np.asarray, f.tokens())]) for f in (alone, eight)]
     np.testing.assert_allclose(tokens[0], tokens[1][: len(tokens[0])], atol=2e-5)
 
 
-def test_tokens_beyond_the_limit_are_computed_again_the_same(encoders, eight, made):  # noqa: F811
-    again = embed(encoders[8], made, token_limit=0)
+def test_tokens_beyond_the_limit_are_computed_again_the_same(encoders, eight, small_set):
+    again = embed(encoders[8], small_set, token_limit=0)
     for kept, computed in zip(eight.tokens(), again.tokens(), strict=True):
         np.testing.assert_array_equal(kept, computed)
-    assert embed(encoders[8], made).tokens is None
+    assert embed(encoders[8], small_set).tokens is None
 
 
 def test_equal_texts_have_equal_embeddings_wherever_they_stand(encoders):
@@ -101,9 +101,9 @@ def test_equal_texts_have_equal_embeddings_wherever_they_stand(encoders):
     assert not np.array_equal(found[0], found[1])
 
 
-def test_results_say_all_and_equal_a_plain_loop_over_the_saved_scores(aligned, made):  # noqa: F811
+def test_results_say_all_and_equal_a_plain_loop_over_the_saved_scores(aligned, small_set):
     flags = ["--top_k=3", "--dual_softmax", "--save_scores"]
-    assert evaluate(aligned, made, *flags) == 0
+    assert evaluate(aligned, small_set, *flags) == 0
     result = json.loads((aligned / "eval" / "retrieval.json").read_text())
     assert len(result["checkpoint_hash"]) == len(result["config_hash"]) == 16
     assert result["versions"]["jax"] == jax.__version__
@@ -148,8 +148,8 @@ def test_saved_logits_are_the_match_head_on_text_and_visual_tokens(aligned, enco
             np.testing.assert_allclose(arrays["t2v_logits"][text], logits, atol=1e-4)
 
 
-def test_one_and_eight_devices_rank_alike(encoders, eight, made):  # noqa: F811
-    found = {1: embed(encoders[1], made), 8: eight}
+def test_one_and_eight_devices_rank_alike(encoders, eight, small_set):
+    found = {1: embed(encoders[1], small_set), 8: eight}
     ranks = {}
     for devices, encoder in encoders.items():
         for unit in units_of(encoder, OWN, found[devices]):
@@ -171,8 +171,8 @@ sys.exit(main.main(["evaluate", *sys.argv[3:]]))
 """
 
 
-def test_two_processes_measure_what_one_does(aligned, made, tmp_path):  # noqa: F811
-    assert evaluate(aligned, made, "--top_k=3") == 0
+def test_two_processes_measure_what_one_does(aligned, small_set, tmp_path):
+    assert evaluate(aligned, small_set, "--top_k=3") == 0
     other = tmp_path / "run"
     shutil.copytree(aligned, other, ignore=shutil.ignore_patterns("eval"))
     with socket.socket() as free:
@@ -180,7 +180,12 @@ def test_two_processes_measure_what_one_does(aligned, made, tmp_path):  # noqa: 
         address = f"localhost:{free.getsockname()[1]}"
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
     command = [sys.executable, "-c", TWO_PROCESSES, address]
-    rest = [f"--workdir={other}", f"--videos={made}/packed:{SUITE}", "--batch_size=8", "--top_k=3"]
+    rest = [
+        f"--workdir={other}",
+        f"--videos={small_set}/packed:{SUITE}",
+        "--batch_size=8",
+        "--top_k=3",
+    ]
     processes = [
         subprocess.Popen(
             [*command, str(rank), *rest],
@@ -217,10 +222,10 @@ def test_fingerprint_tells_values_from_places(encoders):
         assert fingerprint(other) != first
 
 
-def test_nan_parameters_end_in_one_line(encoders, made):  # noqa: F811
+def test_nan_parameters_end_in_one_line(encoders, small_set):
     bad = jax.tree.map(lambda leaf: leaf * np.nan, encoders[8].params["model"])
     encoder = encoders[8].with_params(bad, 1)
-    unit = units_of(encoder, OWN, embed(encoder, made))[0]
+    unit = units_of(encoder, OWN, embed(encoder, small_set))[0]
     with pytest.raises(UserError, match=r"NaN scores: 12 of 12 queries"):
         rank_queries(unit.text, unit.visual, unit.positives, mesh=encoder.mesh)
 
@@ -231,50 +236,52 @@ def test_nan_parameters_end_in_one_line(encoders, made):  # noqa: F811
         (["--protocol=msvd"], "12 samples instead of 670; 12 texts instead of 27763"),
         (["--protocol=msdv"], "did you mean 'msvd'?"),
         (["--protocol=instvl-1k-img"], "the protocol is of images"),
-        (["--expected_ids={made}/none.txt"], "none.txt: No such file"),
+        (["--expected_ids={small_set}/none.txt"], "none.txt: No such file"),
         (["--checkpoint=best"], "no best checkpoint"),
         (["--top_k=-1"], "top_k"),
     ],
 )
-def test_bad_input_is_one_line(aligned, made, capsys, flags, message):  # noqa: F811
-    assert evaluate(aligned, made, *(flag.format(made=made) for flag in flags)) == 2
+def test_bad_input_is_one_line(aligned, small_set, capsys, flags, message):
+    assert evaluate(aligned, small_set, *(flag.format(small_set=small_set) for flag in flags)) == 2
     text = capsys.readouterr().err
     assert message in text.splitlines()[-1] and "Traceback" not in text
 
 
-def test_missing_ids_and_an_empty_split(aligned, encoders, made, capsys, tmp_path, monkeypatch):  # noqa: F811
-    ids = [record.id for record in open_source(f"{made}/packed", SUITE, Kind.VIDEO)]
+def test_missing_ids_and_an_empty_split(
+    aligned, encoders, small_set, capsys, tmp_path, monkeypatch
+):
+    ids = [record.id for record in open_source(f"{small_set}/packed", SUITE, Kind.VIDEO)]
     (tmp_path / "ids").write_text("\n".join([*ids[1:], "absent-7"]))
-    assert evaluate(aligned, made, f"--expected_ids={tmp_path}/ids") == 2
+    assert evaluate(aligned, small_set, f"--expected_ids={tmp_path}/ids") == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert f"1 ids missing: absent-7; 1 ids not expected: {ids[0]}" in line
     monkeypatch.setattr(features, "open_source", lambda *_: [])
     with pytest.raises(UserError, match=f"{SUITE} has no video samples"):
-        embed(encoders[8], made)
+        embed(encoders[8], small_set)
 
 
-def test_a_checkpoint_of_another_configuration(aligned, made, capsys, tmp_path):  # noqa: F811
+def test_a_checkpoint_of_another_configuration(aligned, small_set, capsys, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(aligned, other)
     config = json.loads((other / "config.json").read_text())
     config["config"]["vision"]["width"] = 64
     (other / "config.json").write_text(json.dumps(config))
-    assert evaluate(other, made) == 2
+    assert evaluate(other, small_set) == 2
     assert "do not fit this config" in capsys.readouterr().err
 
 
-def test_without_vtm_reranking_is_left_out_and_said_so(aligned, made, capsys, tmp_path):  # noqa: F811
+def test_without_vtm_reranking_is_left_out_and_said_so(aligned, small_set, capsys, tmp_path):
     other = tmp_path / "contrast"
     shutil.copytree(aligned, other)
     config = json.loads((other / "config.json").read_text())
     config["config"]["align"] |= {"vtm": 0.0, "inst_vtm": 0.0}
     (other / "config.json").write_text(json.dumps(config))
-    assert evaluate(other, made) == 0
+    assert evaluate(other, small_set) == 0
     out = capsys.readouterr().out
     assert "re-ranked by VTM" not in out
     assert "not re-ranked: this run did not train VTM (3)" in out
     assert "not re-ranked: this run did not train VTM (9)" in out
-    assert evaluate(other, made, "--top_k=5") == 2
+    assert evaluate(other, small_set, "--top_k=5") == 2
     assert "cannot be re-ranked" in capsys.readouterr().err
 
 

@@ -4,7 +4,7 @@ import json
 
 import jax
 import pytest
-from test_train import assert_same, made, run, teacher_config  # noqa: F401 - a fixture
+from test_train import assert_same, run, teacher_config
 from tiny import tiny_config
 
 from instap_jax import config_check, main
@@ -17,23 +17,23 @@ from instap_jax.train.stop import StopRequest
 METRIC = "val_video/instance/mean_recall"
 
 
-def aligned_config(made, **changes):  # noqa: F811
+def aligned_config(small_set, **changes):
     data = {
-        "data.videos": f"{made}/packed:train",
-        "tokenizer.path": f"{made}/tokenizer.model",
+        "data.videos": f"{small_set}/packed:train",
+        "tokenizer.path": f"{small_set}/tokenizer.model",
         "steps": 4,
     }
     return tiny_config("stage2", **(data | changes))
 
 
-def validated(made, **changes):  # noqa: F811
+def validated(small_set, **changes):
     wanted = {
         "evaluation.every": 1,
-        "evaluation.videos": f"{made}/packed:val_video",
+        "evaluation.videos": f"{small_set}/packed:val_video",
         "evaluation.metric": METRIC,
         "evaluation.batch_size": 3,  # rounded up to the eight devices
     }
-    return aligned_config(made, **(wanted | changes))
+    return aligned_config(small_set, **(wanted | changes))
 
 
 def train(config, workdir):
@@ -44,28 +44,28 @@ def train(config, workdir):
 
 
 @pytest.fixture(scope="module")
-def finished(made, tmp_path_factory):  # noqa: F811
+def finished(small_set, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("selection") / "validated"
-    return workdir, train(validated(made), workdir)
+    return workdir, train(validated(small_set), workdir)
 
 
 def logged(workdir, name=f"eval/{METRIC}"):
     return {line["step"]: line[name] for line in read_metrics(workdir) if name in line}
 
 
-def test_validation_changes_no_bit_of_the_training(made, finished, tmp_path):  # noqa: F811
+def test_validation_changes_no_bit_of_the_training(small_set, finished, tmp_path):
     workdir, state = finished
-    assert_same(run(aligned_config(made), tmp_path / "plain"), state)
+    assert_same(run(aligned_config(small_set), tmp_path / "plain"), state)
     plain = {line["step"]: line["loss"] for line in read_metrics(tmp_path / "plain")}
     assert plain == logged(workdir, "loss") and len(plain) == 4
     assert not (tmp_path / "plain" / "checkpoints-best").exists()
 
 
-def test_resumed_equals_uninterrupted_with_validation(made, finished, tmp_path):  # noqa: F811
+def test_resumed_equals_uninterrupted_with_validation(small_set, finished, tmp_path):
     workdir, state = finished
     parts = tmp_path / "parts"
-    train(validated(made, stop_at=3), parts)
-    assert_same(state, train(validated(made), parts))
+    train(validated(small_set, stop_at=3), parts)
+    assert_same(state, train(validated(small_set), parts))
     assert logged(parts) == logged(workdir)
     first, second = (checkpoint.read_meta(str(w), which="best") for w in (workdir, parts))
     assert first[0] == second[0] and first[1]["selection"] == second[1]["selection"]
@@ -79,7 +79,7 @@ def test_the_log_has_the_metrics_by_suite_unit_and_name(finished):
     assert set(logged(finished[0])) == {1, 2, 3, 4}
 
 
-def test_the_best_checkpoint_is_the_best_of_the_log(finished, made, capsys):  # noqa: F811
+def test_the_best_checkpoint_is_the_best_of_the_log(finished, small_set, capsys):
     workdir, _ = finished
     values = logged(workdir)
     best = max(values, key=lambda step: (values[step], -step))  # of equal ones the first
@@ -87,7 +87,7 @@ def test_the_best_checkpoint_is_the_best_of_the_log(finished, made, capsys):  # 
     assert step == best
     assert meta["selection"] == {"metric": METRIC, "value": values[best], "step": best}
     assert [p.name for p in (workdir / "checkpoints-best").iterdir()] == [str(best)]
-    code = main.main(["evaluate", f"--workdir={workdir}", f"--videos={made}/packed:val_video",
+    code = main.main(["evaluate", f"--workdir={workdir}", f"--videos={small_set}/packed:val_video",
                       "--checkpoint=best"])  # fmt: skip
     assert code == 0 and f"aligned at step {best}" in capsys.readouterr().out
     found = json.loads((workdir / "eval" / "retrieval.json").read_text())["measurements"]
@@ -96,21 +96,21 @@ def test_the_best_checkpoint_is_the_best_of_the_log(finished, made, capsys):  # 
     assert unit["metrics"]["mean_recall"] == values[best]
 
 
-def test_another_run_can_start_from_the_best(finished, made, tmp_path, capsys):  # noqa: F811
+def test_another_run_can_start_from_the_best(finished, small_set, tmp_path, capsys):
     best, _ = checkpoint.read_meta(str(finished[0]), which="best")
     changes = {"checkpoint.init_from": str(finished[0]), "checkpoint.init_which": "best"}
-    run(aligned_config(made, stop_at=1, **changes), tmp_path / "next")
+    run(aligned_config(small_set, stop_at=1, **changes), tmp_path / "next")
     assert f"(align, best, step {best})" in capsys.readouterr().out
 
 
-def test_only_a_better_value_replaces_the_best(made, tmp_path, monkeypatch):  # noqa: F811
+def test_only_a_better_value_replaces_the_best(small_set, tmp_path, monkeypatch):
     kept, values = [], iter([3.0, 5.0, 5.0, 4.0])
 
     def write_best(workdir, params, *, step, meta):
         kept.append((step, meta["selection"]["value"]))
 
     monkeypatch.setattr(selection.checkpoint, "write_best", write_best)
-    config = validated(made)
+    config = validated(small_set)
     program = type("Program", (), {"graphdef": None})
     chosen = selection.Selection(
         config, tmp_path, program, None, lambda *_: lambda params, step: {METRIC: next(values)}
@@ -151,15 +151,15 @@ def test_faults_of_the_configuration(changes, message):
         config_check.check(config)
 
 
-def test_stages_without_instances_or_retrieval(made):  # noqa: F811
-    config = teacher_config(made, **{"evaluation.every": 2, "evaluation.images": "d:val",
+def test_stages_without_instances_or_retrieval(small_set):
+    config = teacher_config(small_set, **{"evaluation.every": 2, "evaluation.images": "d:val",
                                      "evaluation.metric": "val/instance/mean_recall"})  # fmt: skip
     with pytest.raises(UserError, match="embeds no instances"):
         config_check.check(config)
 
 
-def test_evaluating_a_best_that_is_not_there(made, tmp_path, capsys):  # noqa: F811
-    run(aligned_config(made, stop_at=1), tmp_path / "run")
-    flags = [f"--workdir={tmp_path / 'run'}", f"--videos={made}/packed:val_video"]
+def test_evaluating_a_best_that_is_not_there(small_set, tmp_path, capsys):
+    run(aligned_config(small_set, stop_at=1), tmp_path / "run")
+    flags = [f"--workdir={tmp_path / 'run'}", f"--videos={small_set}/packed:val_video"]
     assert main.main(["evaluate", *flags, "--checkpoint=best"]) == 2
     assert "no best checkpoint" in capsys.readouterr().err
