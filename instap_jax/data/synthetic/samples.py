@@ -167,7 +167,7 @@ def _annotate(
                 "tone": background.tone,
                 "shifted": scene.shifted,
                 "entities": len(scene.entities),
-            }
+            },
         },
     )
 
