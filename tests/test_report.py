@@ -584,7 +584,7 @@ def test_tables_state_their_protocol():
     other = Measurement(
         protocol=made_up_retrieval(0, 2)[0].protocol, metrics={"iou": {"50": 12.5}}, counts={}
     )
-    assert "iou/50   12.5" in format_table("grounding", [other])
+    assert "iou/50   12.5" in format_table("sorting", [other])
 
 
 def test_running_mean_against_a_plain_loop():

@@ -95,4 +95,9 @@ def _card(run: Run, case: Case) -> Html:
         picture(run, "errors", case, label, text)
         for label, text in zip(case.pictures, texts.values())
     ]
-    return tag("figure", tag("figcaption", marked(run, tag("span", direction))), *strips, note(why))
+    return tag(
+        "figure",
+        tag("figcaption", marked(run, tag("span", direction))),
+        *strips,
+        note("Why: ", why),
+    )

@@ -66,10 +66,10 @@ def remarks(group: Sequence[Entry]) -> Html:
     for entry in group:
         for text in entry.measurement.remarks:
             said.setdefault(text, {})[entry.run.name] = swatch(entry.run.slot)
-    lines = [
-        join(*(join(mark, f"{name} ") for name, mark in runs.items()), text)
-        for text, runs in said.items()
-    ]
+    lines = []
+    for text, runs in said.items():
+        names = [tag("span", mark, name, class_="named") for name, mark in runs.items()]
+        lines.append(join(*names, text))
     return note(join(*(tag("span", line, class_="remark") for line in lines))) if lines else join()
 
 

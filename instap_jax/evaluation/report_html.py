@@ -130,6 +130,7 @@ figure.sheet img{display:block;max-width:100%;max-height:440px;margin:0 auto 6px
 .strip p{font-size:12.5px;margin:3px 0 0;color:var(--muted)}
 .strip p b{color:var(--ink);font-weight:600}
 .remark{display:block}
+.named{margin-right:12px}
 table.scored th,table.scored td{padding-right:10px}
 table.scored td:nth-child(2),table.scored th:nth-child(2){text-align:left}
 details{margin:8px 0;border:1px solid var(--line);border-radius:8px;padding:8px 14px;
