@@ -25,7 +25,9 @@ def _read(path: str) -> tuple[str, ...]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeError) as error:
-        raise ValueError(f"{path}: the list of classes cannot be read") from error
+        raise ValueError(
+            f"configs/classify_l16.py:{path}: the list of classes cannot be read"
+        ) from error
     return tuple(line.strip() for line in lines if line.strip())
 
 

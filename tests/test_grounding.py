@@ -11,6 +11,7 @@ from tiny import tiny_config
 from instap_jax import box_losses
 from instap_jax.errors import UserError
 from instap_jax.evaluation import grounding
+from instap_jax.train.objectives import objective
 
 
 def giou_reference(a, b) -> tuple[float, float]:
@@ -205,8 +206,13 @@ def test_padding_and_unreadable_samples_change_nothing(runner, batch):
     assert_close(results[0][0].opt_state, results[1][0].opt_state, 1e-7)
     broken = batch["sample_valid"].copy()
     broken[0, 0] = False
-    metrics = runner.run(batch | {"sample_valid": broken})[1][0]
-    assert metrics["instances"] == 30 and np.isfinite(metrics["loss"])
+    own = (batch["parent"] == 0) & (np.arange(8) == 0)[:, None]  # instances of that sample
+    boxes = np.where(own[..., None, None], np.float32([0, 0, 1, 1]), batch["boxes"])
+    a, b = (
+        runner.run(batch | {"sample_valid": broken, "boxes": x})[1][0]
+        for x in (batch["boxes"], boxes)
+    )
+    assert a["instances"] == 30 and np.isfinite(a["loss"]) and a == b
 
 
 def test_boxes_of_absent_frames_do_not_count(runner, batch):
@@ -249,6 +255,15 @@ def test_a_box_depends_on_its_own_scene_sentence_and_frame(runner, batch, refere
     assert runner.run(alone | {"frames": frames})[1][0]["l1"] != pytest.approx(l1, rel=1e-6)
     other = runner.run(alone | {"parent": np.ones_like(batch["parent"])})[1][0]["l1"]
     assert other != pytest.approx(l1, rel=1e-6)
+
+
+def test_padding_of_a_sentence_changes_no_box():
+    config = ground_config()
+    model = objective(config).create(config, nnx.Rngs(0))
+    frames = jax.random.normal(jax.random.key(0), (2, 2, 16, 32))
+    ids = jnp.asarray([[2, 7, 9, 11], [2, 8, 6, 0]])
+    longer = jnp.pad(ids, [(0, 0), (0, 4)])
+    np.testing.assert_allclose(model.locate(frames, ids), model.locate(frames, longer), atol=1e-6)
 
 
 def test_one_batch_is_learned(runner, batch):
