@@ -41,19 +41,22 @@ def test_presets_assert_the_public_counts_and_take_captions_as_they_say(name):
     assert len(found) == len(owner) == texts
     if how == "joined":
         assert found[5] == "v5 c0. v5 c1. v5 c2." and owner[5] == 5
-    protocols.check(preset, "suite", facts, kind=kind)
+    protocols.check(preset, "suite", facts)
     with pytest.raises(UserError, match=f"under protocol {name}: {samples - 1} samples instead of"):
-        protocols.check(preset, "suite", facts[:-1], kind=kind)
+        protocols.check(preset, "suite", facts[:-1])
     assert preset.instances == name.startswith("instvl")
+    protocols.check_size(preset, "suite", kind, samples)
+    with pytest.raises(UserError, match=f"{samples + 7} samples instead of"):
+        protocols.check_size(preset, "suite", kind, samples + 7)
     other = Kind.IMAGE if kind is Kind.VIDEO else Kind.VIDEO
     with pytest.raises(UserError, match=f"the protocol is of {kind}s"):
-        protocols.check(preset, "suite", facts, kind=other)
+        protocols.check_size(preset, "suite", other)
 
 
 def test_msvd_counts_captions_not_videos():
     facts = suite_of(670, 670)  # one caption each, as if they were paragraphs
     with pytest.raises(UserError, match=r"670 texts instead of 27763 .*each caption"):
-        protocols.check(protocols.find("msvd"), "test", facts, kind=Kind.VIDEO)
+        protocols.check(protocols.find("msvd"), "test", facts)
 
 
 def test_missing_and_unexpected_ids_are_listed(tmp_path):
@@ -62,11 +65,11 @@ def test_missing_and_unexpected_ids_are_listed(tmp_path):
     expected = protocols.read_ids(str(path))
     facts = suite_of(4, 4)
     with pytest.raises(UserError) as fault:
-        protocols.check(protocols.OWN, "mine", facts, kind=Kind.VIDEO, expected=expected)
+        protocols.check(protocols.OWN, "mine", facts, expected=expected)
     assert "7 ids missing: v10, v4, v5, v6, v7, ..." in str(fault.value)
     assert "1 ids not expected: v0" in str(fault.value)
     same = [f"v{i}" for i in range(4)]
-    protocols.check(protocols.OWN, "mine", facts, kind=Kind.VIDEO, expected=same)
+    protocols.check(protocols.OWN, "mine", facts, expected=same)
 
 
 def test_faults_of_flags_and_id_files(tmp_path):

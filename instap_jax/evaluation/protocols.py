@@ -152,31 +152,51 @@ def read_ids(path: str) -> list[str]:
     return ids
 
 
+def check_size(
+    protocol: RetrievalProtocol, suite: str, kind: Kind, samples: int | None = None
+) -> None:
+    """Asserts what can be known of a suite before it is read; `samples` None: not their number.
+
+    Raises:
+      UserError: samples of another kind, or another number of them.
+    """
+    if protocol.kind not in (None, kind):
+        name = _name(protocol, suite)
+        raise UserError(f"{name}: it has {kind} samples, the protocol is of {protocol.kind}s")
+    if samples is not None:
+        _refuse(protocol, suite, _count_faults(protocol, samples), listed=False)
+
+
 def check(
-    protocol: RetrievalProtocol,
-    suite: str,
-    facts: Sequence[Facts],
-    *,
-    kind: Kind,
-    expected: Sequence[str] = (),
+    protocol: RetrievalProtocol, suite: str, facts: Sequence[Facts], *, expected: Sequence[str] = ()
 ) -> None:
     """Asserts what the protocol says of a suite, and that it holds exactly the expected ids.
 
     Raises:
-      UserError: one line with what is wrong: kind, missing and unexpected ids, counts.
+      UserError: one line with what is wrong: missing and unexpected ids, counts.
     """
-    name = f"suite {suite}" + (f" under protocol {protocol.name}" if protocol.name else "")
-    if protocol.kind not in (None, kind):
-        raise UserError(f"{name}: it has {kind} samples, the protocol is of {protocol.kind}s")
     faults = _id_faults([one.id for one in facts], expected)
-    if protocol.samples and len(facts) not in protocol.samples:
-        faults.append(f"{len(facts)} samples instead of {_or(protocol.samples)}")
+    faults += _count_faults(protocol, len(facts))
     texts = len(texts_of(protocol, facts)[0])
     if protocol.texts and texts not in protocol.texts:
         faults.append(f"{texts} texts instead of {_or(protocol.texts)} ({protocol.captions})")
+    _refuse(protocol, suite, faults, listed=bool(expected))
+
+
+def _refuse(protocol: RetrievalProtocol, suite: str, faults: list[str], *, listed: bool) -> None:
     if faults:
-        hint = "" if expected else "; --expected_ids=FILE lists the ids that are missing"
-        raise UserError(f"{name}: {'; '.join(faults)}{hint}")
+        hint = "" if listed else "; --expected_ids=FILE lists the ids that are missing"
+        raise UserError(f"{_name(protocol, suite)}: {'; '.join(faults)}{hint}")
+
+
+def _name(protocol: RetrievalProtocol, suite: str) -> str:
+    return f"suite {suite}" + (f" under protocol {protocol.name}" if protocol.name else "")
+
+
+def _count_faults(protocol: RetrievalProtocol, samples: int) -> list[str]:
+    if not protocol.samples or samples in protocol.samples:
+        return []
+    return [f"{samples} samples instead of {_or(protocol.samples)}"]
 
 
 def _id_faults(found: Sequence[str], expected: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from instap_jax.data.records import open_source
 from instap_jax.errors import UserError
 from instap_jax.evaluation import protocols
 from instap_jax.evaluation.context import Context, Suite
@@ -77,9 +78,12 @@ def measure(context: Context) -> list[Measurement]:
         matcher = Matcher(encoder.graphdef, encoder.params["model"], encoder.mesh)
     expected = protocols.read_ids(options.expected_ids) if options.expected_ids else ()
     for suite in context.suites:
+        size = len(open_source(suite.directory, suite.split, suite.kind))
+        # At once, but with ids to name the missing ones are worth the reading.
+        protocols.check_size(preset, suite.split, suite.kind, None if expected else size)
         tokens = matcher is not None and "vtm" in ranks
         found = context.features(suite, tokens=tokens)
-        protocols.check(preset, suite.split, found.facts, kind=suite.kind, expected=expected)
+        protocols.check(preset, suite.split, found.facts, expected=expected)
         for unit in units_of(context.encoder, preset, found, merge=options.merge_equal_texts):
             match = matcher if unit.term in ranks else None
             measured += _measure_unit(context, suite, found, unit, match)
