@@ -10,7 +10,7 @@ from runner import Runner, assert_close, batch_for
 from tiny import tiny_config
 
 from instap_jax.errors import UserError
-from instap_jax.evaluation import features
+from instap_jax.evaluation import encoder
 from instap_jax.train import flops
 from instap_jax.train.checkpoint import Checkpointer
 from instap_jax.train.initialise import initial_params
@@ -310,13 +310,15 @@ def test_evaluation_embeds_samples_and_instances(name, instances):
     batch = {key: array[:1] for key, array in batch_for(config, groups=2).items()}
 
     def embed(params, batch):
-        return features._align_features(config, nnx.merge(graphdef, params), batch)
+        return encoder._embed_aligned(config, nnx.merge(graphdef, params), batch)
 
     shapes = {key: array.shape for key, array in jax.eval_shape(embed, params, batch).items()}
-    samples, count = dict.fromkeys(("video", "text"), (4, 16)), batch["parent"].shape[1]
-    embeddings = dict.fromkeys(("instance", "instance_text"), (count, 16))
-    assert shapes == samples | embeddings | {"entity": (count, 32)}
-    assert features._instances_name(config).endswith(instances)
+    count = batch["parent"].shape[1]
+    embeddings = {"video": (4, 16), "instance": (count, 16)}
+    assert embeddings | {"entity": (count, 32), "crop": (count, 32)} == {
+        key: shape for key, shape in shapes.items() if key != "tokens"
+    }
+    assert encoder._instances_name(config).endswith(instances)
 
 
 def save(workdir, runner: Runner, stage: str) -> None:
@@ -348,7 +350,7 @@ def test_starts_from_a_distilled_student_strictly(runner, tmp_path, capsys):
         assert_close(params[name], fresh[name], 0)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(params)
-    assert sum("student (distill, step 3)" in line for line in lines) == 2
+    assert sum("student (distill, newest, step 3)" in line for line in lines) == 2
     assert sum(line.endswith("fresh") for line in lines) == len(lines) - 2
     save(tmp_path / "other", student, "teacher")
     with pytest.raises(UserError, match="stage 'align' starts from align, distill"):

@@ -118,7 +118,8 @@ def test_no_device_holds_the_matrix_of_all_scores():
     shapes += [jax.ShapeDtypeStruct(s, np.float32) for s in ((candidates, 8), (candidates,), ())]
     compiled = ranking._rank_blocks(mesh_of(1), 4).lower(*shapes).compile()
     temporary = compiled.memory_analysis().temp_size_in_bytes
-    assert rows == 1024 and temporary < 9 * rows * candidates < queries * candidates * 4
+    block = 9 * rows * candidates + (1 << 20)  # and what does not grow with the product
+    assert rows == 1024 and temporary < block < queries * candidates * 4
 
 
 def test_a_tie_counts_against_the_model():

@@ -301,7 +301,8 @@ def test_ctrl_c_leaves_a_run_that_goes_on(made, teacher, tmp_path):
     command += [
         f"--config.{key}={value}"
         for key, value in config_check.flatten(student_config(made, teacher)).items()
-        if key.split(".")[0] in ("vision", "teacher", "text") and "checkpoint" not in key
+        if key.split(".")[0] in ("vision", "teacher", "text") and value is not None
+        if "checkpoint" not in key
     ]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)

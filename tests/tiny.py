@@ -31,6 +31,7 @@ def tiny_config(part: str, **changes) -> ConfigDict:
     c.text.update(vocab_size=320, width=32, depth=depth, heads=2, max_length=32, mlp_ratio=2.0)
     c.align.update(crop_size=8, projection=16, cross_attention_heads=2)
     c.optimizer.warmup_steps = 2
+    c.optimizer.clip_norm = None  # Adam's moments are then those of the gradients
     c.checkpoint.every = 2
     c.log.update(every=1, tensorboard=False)
     c.update_from_flattened_dict(changes)
