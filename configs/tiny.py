@@ -92,6 +92,10 @@ def _stage2(c) -> None:
     # The paper's lambda_inst of 0.1 is for long training; in some hundred steps instances learn
     # little by it.
     c.align.update(instance=1.0, crop_size=32, projection=96, cross_attention_heads=4)
+    _text_optimizer(c)
+
+
+def _text_optimizer(c) -> None:
     c.optimizer.update(
         learning_rate=1e-3,
         min_learning_rate=1e-5,
@@ -111,15 +115,7 @@ def _ground(c) -> None:
     c.data.instances_per_sample = 2
     c.data.caption_sampling = "first"  # one sentence alone may fit several entities
     c.text.update(depth=3, fusion_layers=1)
-    c.optimizer.update(
-        learning_rate=1e-3,
-        min_learning_rate=1e-5,
-        warmup_steps=50,
-        # At this rate and batch, text and vision from scratch collapse now and then without these.
-        betas=(0.9, 0.98),
-        clip_norm=1.0,
-        weight_decay=0.02,
-    )
+    _text_optimizer(c)
 
 
 def _classify(c) -> None:

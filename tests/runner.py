@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 from batches import random_batch
+from flax import nnx
 
 from instap_jax import sharding
 from instap_jax.train.program import build_program
@@ -55,3 +56,12 @@ def assert_close(first, second, tolerance):
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(second)):
         name = jax.tree_util.keystr(path)
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+def gradients(state) -> dict:
+    """Adam's first moments after one step: the gradients, times 0.1."""
+    return nnx.to_pure_dict(state.opt_state[0].mu)
+
+
+def largest(tree) -> float:
+    return max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(tree))

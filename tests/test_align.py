@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from ml_collections import ConfigDict
-from runner import Runner, assert_close, batch_for
+from runner import Runner, assert_close, batch_for, gradients, largest
 from tiny import tiny_config
 
 from instap_jax.errors import UserError
@@ -45,15 +45,6 @@ def batch():
 def reference(runner, batch):
     """State and metrics after one step on `batch`."""
     return runner.run(batch)
-
-
-def gradients(state) -> dict:
-    """Adam's first moments after one step: the gradients, times 0.1."""
-    return nnx.to_pure_dict(state.opt_state[0].mu)
-
-
-def largest(tree) -> float:
-    return max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
 
 
 def changed(batch, **arrays):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from runner import Runner, assert_close, batch_for
+from runner import Runner, assert_close, batch_for, gradients, largest
 from tiny import tiny_config
 
 from instap_jax import box_losses
@@ -153,15 +153,6 @@ def batch():
 @pytest.fixture(scope="module")
 def reference(runner, batch):
     return runner.run(batch)
-
-
-def gradients(state) -> dict:
-    """Adam's first moments after one step: the gradients, times 0.1."""
-    return nnx.to_pure_dict(state.opt_state[0].mu)
-
-
-def largest(tree) -> float:
-    return max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
 
 
 def test_eight_devices_equal_one(batch, reference):

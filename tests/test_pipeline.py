@@ -3,21 +3,15 @@
 import collections
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from clips import CLIPS, SIZE, caption, color, write_corpus
+from clips import CLIPS, SIZE, caption, color
 from ml_collections import ConfigDict
+from pipeline_data import command_line, config, corpus  # noqa: F401 - fixtures
 
-from instap_jax.config import default
 from instap_jax.data import media, pipeline
 from instap_jax.data.captions import sentence_for_epoch, split_sentences, text_hash
 from instap_jax.data.groups import fitting_size
@@ -26,23 +20,6 @@ from instap_jax.data.records import CorruptRecordError, RecordSource, open_sourc
 from instap_jax.data.suite import read_suite
 from instap_jax.errors import UserError
 from instap_jax.types import Batch, Fault, Kind, Record
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("pipeline")
-    write_corpus(root)
-    return root
-
-
-@pytest.fixture
-def config(corpus) -> ConfigDict:
-    c = default()
-    c.stage = "teacher"
-    c.data.update(videos=f"{corpus}/jpeg:train", frames=4, canvas=(40, 48), workers=0, prefetch=1)
-    c.tokenizer.path = str(corpus / "t.model")
-    c.tokenizer.length = 48
-    return c
 
 
 def open_loader(config: ConfigDict, groups=2, group_size=2, host_index=0, host_count=1):
@@ -156,7 +133,7 @@ def test_workers_do_not_change_the_batches(config):
     loader.set_state(loader.get_state())  # stops them, starts new ones
     assert_equal(first + take(loader, 4), whole)
     _, alive = psutil.wait_procs(
-        [p for p in workers if "spawn_main" in " ".join(_command(p))], timeout=10
+        [p for p in workers if "spawn_main" in " ".join(command_line(p))], timeout=10
     )
     assert not alive
 
@@ -517,90 +494,3 @@ def test_an_instance_between_the_frames_is_shown_in_the_nearest(config):
     assert batch["present"][0, 0].tolist() == [False, True, False, False]
     assert batch["present"][0, 1].sum() == 1 and batch["instance_valid"].all()
     assert batch["instance_text_hash"][0, 0] == text_hash("A. B.")
-
-
-# --- processes -----------------------------------------------------------------------------------
-
-
-def _command(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
-
-
-def test_nothing_of_ours_needs_jax(config):
-    code = f"""
-import sys
-sys.modules["jax"] = None  # importing it fails
-from ml_collections import ConfigDict
-from absl import flags
-flags.FLAGS.mark_as_parsed()
-from instap_jax.data import pipeline
-from instap_jax.types import Kind
-config = ConfigDict({config.to_dict()!r})
-loader = pipeline.make_loader(config, kind=Kind.VIDEO, groups=1, group_size=2, host_index=0,
-                              host_count=1)
-print(next(loader)["frames"].shape)
-loader.close()
-"""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.stdout.strip() == "(1, 2, 4, 40, 48, 3)", run.stderr
-
-
-SCRIPT = """
-import sys, time
-from absl import flags
-from ml_collections import ConfigDict
-from instap_jax.data import pipeline
-from instap_jax.train.stop import StopRequest
-from instap_jax.types import Kind
-
-def main(config):
-    flags.FLAGS.mark_as_parsed()
-    loader = pipeline.make_loader(config, kind=Kind.VIDEO, groups=1, group_size=2, host_index=0,
-                                  host_count=1)
-    print("starting", flush=True)
-    with StopRequest() as stop:  # as training does: a bare KeyboardInterrupt may be lost
-        while not stop:
-            next(loader)
-            print("batch", flush=True)
-            time.sleep(0.05)
-    loader.close()
-    sys.exit(130)
-
-if __name__ == "__main__":
-    main(ConfigDict({config}))
-"""
-
-
-@pytest.mark.parametrize(
-    ("moment", "how", "code"),
-    [
-        ("batch", signal.SIGINT, 130),
-        ("starting", signal.SIGINT, 130),
-        ("batch", signal.SIGKILL, -9),
-    ],
-)
-def test_no_process_is_left_behind(config, tmp_path, moment, how, code):
-    config.data.workers = 1
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT.replace("{config}", repr(config.to_dict())))
-    run = subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    while run.stdout.readline().strip() != moment:
-        assert run.poll() is None, run.stderr.read()
-    if moment == "starting":
-        time.sleep(0.6)  # while the workers import
-    children = psutil.Process(run.pid).children(recursive=True)
-    if how == signal.SIGINT:
-        os.killpg(run.pid, how)  # as a terminal does
-    else:
-        run.kill()
-    _, errors = run.communicate(timeout=60)
-    assert run.returncode == code
-    assert "Traceback" not in errors and "KeyboardInterrupt" not in errors, errors
-    _, alive = psutil.wait_procs(children, timeout=10)
-    assert not alive
