@@ -35,6 +35,7 @@ def default() -> ConfigDict:
     c.classify = _classify()
     c.optimizer = _optimizer()
     c.mesh = _mesh()
+    c.distributed = _distributed()
     c.compute = _compute()
     c.checkpoint = _checkpoint()
     c.log = _log()
@@ -253,6 +254,14 @@ def _mesh() -> ConfigDict:
     c.replica = 1  # pure data parallelism (between slices)
     c.fsdp = -1  # data parallelism with sharded parameters and optimizer state
     c.tensor = 1  # heads and MLP hidden units
+    return c
+
+
+def _distributed() -> ConfigDict:
+    """Several processes, one a host (docs/pods.md). Seconds; JAX's defaults where it has any."""
+    c = ConfigDict()
+    c.initialization_timeout = 300  # for all processes to have started
+    c.heartbeat_timeout = 100  # a host that was not heard of for so long is dead: the others end
     return c
 
 

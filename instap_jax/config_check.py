@@ -69,6 +69,8 @@ POSITIVE = (
     "contrastive.temperature",
     "checkpoint.every",
     "checkpoint.keep",
+    "distributed.initialization_timeout",
+    "distributed.heartbeat_timeout",
     "log.every",
     "evaluation.batch_size",
 )
@@ -130,6 +132,7 @@ MAY_CHANGE = (
     "data.device_prefetch",
     "data.max_fault_rate",
     "mesh",
+    "distributed",
     "compute.remat",
     "checkpoint.every",
     "checkpoint.keep",

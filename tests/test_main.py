@@ -49,6 +49,7 @@ ALLOWED = {
     "config": set(),
     "config_check": {"config"},
     "sharding": set(),
+    "distributed": set(),
     "masking": set(),
     "losses": set(),
     "box_losses": set(),
@@ -73,6 +74,7 @@ ALLOWED = {
     "inference": {"config", "config_check", "sharding", "models", "data", "train", "evaluation"},
     "commands": {
         "config_check",
+        "distributed",
         "train",
         "evaluation",
         "data",

@@ -4,7 +4,7 @@ import dataclasses
 
 from absl import flags
 
-from instap_jax.config_check import local_workdir
+from instap_jax import config_check
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -63,10 +63,14 @@ def _define_retrieval_flags(values: flags.FlagValues, text, number) -> None:
 
 
 def run(values: flags.FlagValues) -> None:
-    workdir = local_workdir(values["workdir"].value)
+    workdir = config_check.local_workdir(values["workdir"].value)
+    config = config_check.read(workdir)
+    # Only now JAX: a wrong path has already been reported.
+    from instap_jax import distributed
     from instap_jax.evaluation.context import Options, parse_suites
     from instap_jax.evaluation.tasks import evaluate
 
     options = {field.name: values[field.name].value for field in dataclasses.fields(Options)}
     suites = parse_suites(values["videos"].value, values["images"].value)
+    distributed.initialize(config.distributed)
     evaluate(workdir, values["task"].value, suites, Options(**options))

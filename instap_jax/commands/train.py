@@ -23,8 +23,10 @@ def start(loaded: config_check.LoadedConfig, directory: str) -> Path:
     config_check.record(loaded, workdir)
     # Only now JAX: a wrong key or path has already been reported.
     with StopRequest() as stop:
+        from instap_jax import distributed
         from instap_jax.evaluation.validation import make_validate
         from instap_jax.train.loop import train
 
+        distributed.initialize(loaded.config.distributed)
         train(loaded.config, workdir, stop, make_validate)
     return workdir
