@@ -457,7 +457,7 @@ def read(workdir: Path) -> ConfigDict:
                 is_tuple = isinstance(known[key], tuple)
                 config.update_from_flattened_dict({key: tuple(value) if is_tuple else value})
         check(config)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: {error}") from error
     return config
 

@@ -9,6 +9,7 @@ import importlib
 import keyword
 import re
 import sys
+import types
 from collections.abc import Sequence
 
 from absl import flags, logging
@@ -56,10 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(verb: str, args: list[str]) -> int:
-    if verb not in VERBS:
-        raise UserError(f"unknown verb{_closest(verb, VERBS)}; `instap --help` lists them")
-    name = verb + "_" if keyword.iskeyword(verb) else verb
-    module = importlib.import_module(f"instap_jax.commands.{name}")
+    module = _command(verb)
     # Our own FlagValues: libraries define global flags that are no business of our users.
     values = flags.FlagValues()
     sys.argv = [f"instap {verb}", *args]  # where config_flags looks for overrides
@@ -69,6 +67,23 @@ def _run(verb: str, args: list[str]) -> int:
     if any(arg in ("-h", "--help") for arg in args):
         print(f"instap {verb}: {VERBS[verb]}\n{_flag_help(values)}")
         return 0
+    parse_flags(values)
+    return module.run(values) or 0
+
+
+def _command(verb: str) -> types.ModuleType:
+    if verb not in VERBS:
+        raise UserError(f"unknown verb{_closest(verb, VERBS)}; `instap --help` lists them")
+    name = verb + "_" if keyword.iskeyword(verb) else verb
+    return importlib.import_module(f"instap_jax.commands.{name}")
+
+
+def parse_flags(values: flags.FlagValues) -> None:
+    """Parses `sys.argv`, overrides of the configuration included.
+
+    Raises:
+      UserError: a flag or a key that does not exist, or a value that it cannot have.
+    """
     try:
         rest = values(sys.argv)[1:]
     except (AttributeError, KeyError) as error:  # what ml_collections raises for an unknown key
@@ -77,7 +92,6 @@ def _run(verb: str, args: list[str]) -> int:
         raise UserError(_flag_fault(error)) from error
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; flags look like --name=value")
-    return module.run(values) or 0
 
 
 def _usage() -> str:

@@ -44,7 +44,7 @@ def any_record(draw) -> Record:
         captions=draw(TEXTS),
         encoding=draw(st.sampled_from(["jpeg", "mp4"])),
         media_bytes=draw(st.lists(st.binary(), max_size=3)),
-        frame_index=rng.integers(0, 2**31, frames).astype(np.int32),
+        frame_index=np.cumsum(rng.integers(1, 2**28, frames)).astype(np.int32),
         fps=draw(st.floats(0, 240)),
         size=(draw(st.integers(1, 4000)), draw(st.integers(1, 4000))),
         instance_ids=per_instance(st.text()),

@@ -6,6 +6,7 @@ one kind and a loader never has to filter. `open_source` reads one split of one 
 
 import difflib
 import functools
+import itertools
 import json
 import os
 import zlib
@@ -17,6 +18,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tensorflow_datasets.proto import tf_example_pb2
 
+from instap_jax.data import media
 from instap_jax.errors import UserError
 from instap_jax.types import Kind, Record
 
@@ -101,11 +103,14 @@ def parse_example(data: bytes) -> dict[str, Any]:
 
 
 def from_example(example: dict[str, Any]) -> Record:
-    """Inverse of `to_example`, on what `parse_example` returns."""
+    """Inverse of `to_example`, on what `parse_example` returns.
+
+    Raises whatever content makes of it that no record of ours has.
+    """
     annotation = json.loads(example["annotation"])
     instances = annotation["instances"]
     height, width = annotation["size"]
-    return Record(
+    record = Record(
         **{name: annotation[name] for name in _SCALARS},
         kind=Kind(annotation["kind"]),
         captions=tuple(annotation["captions"]),
@@ -120,6 +125,27 @@ def from_example(example: dict[str, Any]) -> Record:
         extra=annotation["extra"],
         instance_extra=tuple(i["extra"] for i in instances),
     )
+    _check_content(record)
+    return record
+
+
+def _check_content(record: Record) -> None:
+    """Raises ValueError where a field is not what it is used as: data may come from anywhere."""
+    texts = (record.id, record.media, record.source, *record.captions, *record.instance_ids)
+    texts += (*record.categories, *itertools.chain.from_iterable(record.instance_captions))
+    sizes, index = record.size, record.frame_index
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a text is none")
+    if not all(isinstance(side, int) and 0 < side <= media.MAX_SIDE for side in sizes):
+        raise ValueError(f"its frames are of size {sizes}")
+    if len(index) and ((index < 0).any() or (np.diff(index) <= 0).any()):
+        raise ValueError("its frames do not increase")
+    if not all(isinstance(extra, dict) for extra in (record.extra, *record.instance_extra)):
+        raise ValueError("a key's value is of the wrong type")
+    if record.encoding not in ("jpeg", "mp4") or not isinstance(record.fps, int | float):
+        raise ValueError("unknown encoding or rate")
+    if not np.isfinite(record.boxes).all():
+        raise ValueError("a box is not finite")
 
 
 class RecordSource:
