@@ -28,6 +28,7 @@ VERBS = {
     "pack": "annotations and media -> sharded ArrayRecord (a TFDS directory)",
     "tokenizer": "train a sentencepiece vocabulary on an annotation file",
     "train": "train any stage",
+    "compile": "compile a stage for TPU pods without one: memory, traffic, estimated time",
     "evaluate": "measure a trained model; write JSON",
     "ablate": "train and evaluate a table of configurations over seeds; write it with intervals",
     "convert": "weights of CLIP, BERT and UMT in; PyTorch and UMT out",

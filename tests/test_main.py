@@ -69,6 +69,7 @@ ALLOWED = {
     "evaluation": {"config", "config_check", "sharding", "box_losses", "models", "data", "train"},
     "interop": {"config", "config_check", "models", "data", "train"},
     "study": {"ablations", "config_check", "evaluation", "train"},
+    "aot": {"sharding", "data", "train"},
     "aside": set(),
     "extract": {"data", "inference"},
     "inference": {"config", "config_check", "sharding", "models", "data", "train", "evaluation"},
