@@ -1,0 +1,72 @@
+"""Runs the commands of a launcher, or, for --dry-run, prints exactly what it would run."""
+
+import dataclasses
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Shell:
+    """`dry_run`: every command is printed, as it can be pasted, and none is run."""
+
+    dry_run: bool
+
+    def run(self, words: Sequence[str], *, stdin: str | None = None) -> int:
+        """Runs a command with our terminal; its exit code (0 in a dry run)."""
+        self._show(words, stdin)
+        if self.dry_run:
+            return 0
+        return subprocess.run(words, input=stdin, text=True).returncode
+
+    def check(self, words: Sequence[str], *, stdin: str | None = None) -> None:
+        """Runs a command that must succeed.
+
+        Raises:
+          SystemExit: with one line and the command's exit code.
+        """
+        code = self.run(words, stdin=stdin)
+        if code:
+            print(f"launch: {words[0]} failed with exit code {code}", file=sys.stderr)
+            raise SystemExit(code)
+
+    def output(self, words: Sequence[str]) -> str:
+        """The standard output of a command, '' where it fails (and in a dry run)."""
+        if self.dry_run:
+            self._show(words, None)
+            return ""
+        done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    def stream(self, words: Sequence[str], line: Callable[[str], None]) -> int:
+        """Runs a command, hands every line of its output on, and returns its exit code.
+
+        The terminal's Ctrl-C does not reach it: it is the launcher's to end it in order.
+        """
+        self._show(words, None)
+        if self.dry_run:
+            return 0
+        with subprocess.Popen(
+            words,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        ) as process:
+            for text in process.stdout:
+                line(text.rstrip("\n"))
+        return process.returncode
+
+    def start(self, words: Sequence[str]) -> None:
+        """Starts a command and does not wait for it."""
+        self._show(words, None)
+        subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def _show(self, words: Sequence[str], stdin: str | None) -> None:
+        print(("" if self.dry_run else "+ ") + shlex.join(words) + _here(stdin), flush=True)
+
+
+def _here(stdin: str | None) -> str:
+    return "" if stdin is None else f" <<'END'\n{stdin.rstrip()}\nEND"

@@ -1,0 +1,102 @@
+"""Cloud TPU slices by their Cloud names, and what each platform calls them.
+
+`v5litepod-256` and `v6e-256` count chips; `v4-512` and `v5p-512` count cores, two a chip.
+Sources: Google Cloud, "TPU configurations" and "Plan TPUs in GKE".
+"""
+
+import dataclasses
+import math
+import re
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """A TPU version: cores counted in the Cloud name, software and node labels."""
+
+    cores_per_chip: int
+    runtime: str  # image of a TPU VM
+    gke: str  # cloud.google.com/gke-tpu-accelerator
+    largest: int  # chips of a slice
+    flat: bool  # 2D torus: hosts of slices of up to 8 chips have them all
+
+
+_KINDS = {
+    "v4": _Kind(2, "tpu-ubuntu2204-base", "tpu-v4-podslice", 4096, False),
+    "v5litepod": _Kind(1, "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice", 256, True),
+    "v5p": _Kind(2, "v2-alpha-tpuv5", "tpu-v5p-slice", 6144, False),
+    "v6e": _Kind(1, "v2-alpha-tpuv6e", "tpu-v6e-slice", 256, True),
+}
+_ALIASES = {"v5e": "v5litepod"}
+_CHIPS_PER_HOST = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Slice:
+    """One slice.
+
+    Attributes:
+      name: as Cloud TPU knows it, `v5litepod-256`.
+      topology: `16x16`, `4x4x8`.
+      hosts: virtual machines, and processes.
+      runtime: software version of its virtual machines.
+      gke: value of the node label cloud.google.com/gke-tpu-accelerator.
+    """
+
+    name: str
+    chips: int
+    topology: str
+    hosts: int
+    runtime: str
+    gke: str
+
+    @property
+    def chips_per_host(self) -> int:
+        return self.chips // self.hosts
+
+
+def slice_of(name: str) -> Slice:
+    """The slice of a Cloud name.
+
+    Raises:
+      ValueError: with one line that says what is expected.
+    """
+    match = re.fullmatch(r"([a-z0-9]+)-(\d+)", name)
+    kind_name = _ALIASES.get(match[1], match[1]) if match else ""
+    if kind_name not in _KINDS:
+        raise ValueError(
+            f"accelerator {name!r} is not VERSION-SIZE with one of {', '.join(_KINDS)}; "
+            "for example v5litepod-256, v5p-128, v6e-256"
+        )
+    kind, size = _KINDS[kind_name], int(match[2])
+    chips = size // kind.cores_per_chip
+    power_of_two = chips >= 1 and chips & (chips - 1) == 0
+    smallest = 1 if kind.flat else 4
+    if size % kind.cores_per_chip or not power_of_two or not smallest <= chips <= kind.largest:
+        raise ValueError(
+            f"accelerator {name!r}: {kind_name} has slices of powers of two from "
+            f"{smallest * kind.cores_per_chip} to {kind.largest * kind.cores_per_chip}"
+        )
+    if kind.flat and chips == 2:
+        raise ValueError(f"accelerator {name!r}: there is no slice of 2 chips")
+    return Slice(
+        name=f"{kind_name}-{size}",
+        chips=chips,
+        topology=_flat(chips) if kind.flat else _cube(chips),
+        hosts=1 if kind.flat and chips <= 8 else chips // _CHIPS_PER_HOST,
+        runtime=kind.runtime,
+        gke=kind.gke,
+    )
+
+
+def _flat(chips: int) -> str:
+    short = 2 ** (int(math.log2(chips)) // 2)
+    return f"{short}x{chips // short}"
+
+
+def _cube(chips: int) -> str:
+    """Sides as equal as powers of two allow, the smallest first; 2x2x1 is the smallest slice."""
+    if chips == 4:
+        return "2x2x1"
+    power = int(math.log2(chips))
+    sides = sorted(2 ** ((power + extra) // 3) for extra in range(3))
+    return "x".join(map(str, sides))

@@ -1,0 +1,210 @@
+"""Trains on Cloud TPU: one slice, or several joined by the data-center network (multislice).
+
+    python launch/tpu.py run --name=NAME --project=P --zone=Z --accelerator=v5litepod-256 \\
+      [--slices=2] [--spot] [--setup='mount ...'] -- train --config=... --workdir=/shared/run
+    python launch/tpu.py stop   --name=NAME --project=P --zone=Z   saves, ends; the slices stay
+    python launch/tpu.py delete --name=NAME --project=P --zone=Z   gives the slices back
+
+`run` asks for a queued resource, waits for it, copies this commit to every host, installs it and
+runs `instap VERB` on all hosts at once; their output comes back, each line with its host. When the
+run fails it is started again and resumes; slices that were preempted (--spot) are asked for anew.
+See `supervise.py` for when it gives up. --dry-run prints the commands of a first start.
+
+JAX finds the other hosts and slices by itself. Standard library and `gcloud` only.
+"""
+
+import argparse
+import re
+import shlex
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from shell import Shell
+from slices import Slice, slice_of
+from supervise import Signals, add_flags, pod_code, policy_of, say, split_command, supervise
+
+STOP = "bash instap/launch/host.sh stop"
+POLL = 30.0  # seconds between looks at a queued resource
+LOST = 255  # exit code of a host that was cut off, as ssh's own
+GONE = ("SUSPENDING", "SUSPENDED", "FAILED")  # states that do not come back by themselves
+_EXIT = re.compile(r"\[(\S+)\] exit code (\d+), checkpoint (\d*)")
+_START = re.compile(r"\[\S+\] start from checkpoint (\d*)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    flags, verb = split_command(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("action", choices=("run", "stop", "delete"))
+    parser.add_argument("--name", required=True, help="of the queued resource")
+    parser.add_argument("--project", required=True)
+    parser.add_argument("--zone", required=True)
+    parser.add_argument("--accelerator", help="of each slice, such as v5litepod-256")
+    parser.add_argument("--slices", type=int, default=1)
+    parser.add_argument("--spot", action="store_true")
+    parser.add_argument(
+        "--create-flag",
+        action="append",
+        default=[],
+        metavar="--FLAG=VALUE",
+        help="for queued-resources create, such as --network=N; repeatable",
+    )
+    parser.add_argument(
+        "--setup",
+        default="",
+        metavar="COMMAND",
+        help="run on every host before installing; mounts the shared storage",
+    )
+    parser.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="environment of the run; repeatable",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
+    add_flags(parser)
+    args = parser.parse_args(flags)
+    resource = QueuedResource(args, Shell(args.dry_run))
+    if args.action != "run":
+        return resource.stop() if args.action == "stop" else resource.delete()
+    if not verb or not args.accelerator or args.slices < 1:
+        parser.error("run needs --accelerator, --slices of 1 or more, and a verb after --")
+    try:
+        one = slice_of(args.accelerator)
+    except ValueError as error:
+        parser.error(str(error))
+    return Run(args, resource, one, verb).supervise()
+
+
+class QueuedResource:
+    """The gcloud commands about one queued resource."""
+
+    def __init__(self, args: argparse.Namespace, shell: Shell):
+        self._args, self.shell = args, shell
+
+    def create(self, one: Slice) -> None:
+        """Asks for it and waits until its hosts are there."""
+        args = self._args
+        nodes = ["--node-id=" + args.name]
+        if args.slices > 1:
+            nodes = [f"--node-count={args.slices}", "--node-prefix=" + args.name]
+        words = [f"--accelerator-type={one.name}", f"--runtime-version={one.runtime}", *nodes]
+        self.shell.check(
+            self._words("create", *words, *(["--spot"] if args.spot else []), *args.create_flag)
+        )
+        if args.dry_run:
+            print("# until the next command says ACTIVE:")
+        while (state := self.state()) != "ACTIVE" and not args.dry_run:
+            if state in GONE:
+                raise SystemExit(f"launch: {args.name} is {state}; gcloud says why: describe it")
+            time.sleep(POLL)
+
+    def state(self) -> str:
+        """ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED ...; '' where there is none."""
+        return self.shell.output(self._words("describe", "--format=value(state.state)"))
+
+    def ssh(self, command: str) -> list[str]:
+        """A command for all hosts of all slices at once: in batches, the first would wait for the
+        last."""
+        return self._words(
+            "ssh", "--node=all", "--worker=all", "--batch-size=all", "--command=" + command
+        )
+
+    def copy(self, source: str, target: str) -> list[str]:
+        words = self._words("scp", "--node=all", "--worker=all")
+        return [*words[:5], source, f"{self._args.name}:{target}", *words[6:]]
+
+    def stop(self) -> int:
+        return self.shell.run(self.ssh(STOP))
+
+    def ask_to_stop(self) -> None:
+        self.shell.start(self.ssh(STOP))
+
+    def delete(self) -> int:
+        return self.shell.run(self._words("delete", "--force", "--quiet"))
+
+    def _words(self, action: str, *flags: str) -> list[str]:
+        args = self._args
+        where = [f"--project={args.project}", f"--zone={args.zone}"]
+        return ["gcloud", "compute", "tpus", "queued-resources", action, args.name, *where, *flags]
+
+
+class Run:
+    """A verb on all hosts, started again until it is done."""
+
+    def __init__(self, args, resource: QueuedResource, one: Slice, verb: list[str]):
+        self._args, self._resource, self._slice, self._verb = args, resource, one, verb
+        self._shell = resource.shell
+        self._ready = False
+        self._newest: int | None = None
+
+    def supervise(self) -> int:
+        if self._args.dry_run:
+            self._prepare()
+            return self._shell.run(self._resource.ssh(self._command()))
+        # A signal asks the hosts to save and end; their exit codes then come back as ever.
+        with Signals(lambda number: self._resource.ask_to_stop()) as signals:
+            code = supervise(
+                self._attempt,
+                progress=lambda: self._newest,
+                policy=policy_of(self._args),
+                stopped=signals.asked,
+                sleep=signals.sleep,
+            )
+        say(f"the slices are still yours: python launch/tpu.py delete --name={self._args.name} ...")
+        return code
+
+    def _attempt(self) -> int:
+        state = self._resource.state()
+        if state in GONE:
+            self._resource.delete()
+            state, self._ready = "", False
+        if not self._ready or state != "ACTIVE":
+            self._prepare(exists=state == "ACTIVE")
+        codes: dict[str, int] = {}
+        gcloud = self._shell.stream(
+            self._resource.ssh(self._command()), lambda line: self._read(line, codes)
+        )
+        hosts = self._slice.hosts * self._args.slices
+        lost = hosts - len(codes)
+        if lost:
+            say(f"{lost} of {hosts} hosts did not say how they ended (gcloud: {gcloud})")
+        return pod_code([*codes.values(), *[LOST] * lost])
+
+    def _read(self, line: str, codes: dict[str, int]) -> None:
+        """Shows a line of a host, and takes exit codes and checkpoints from it."""
+        print(line, flush=True)
+        step = ""
+        if match := _EXIT.match(line):
+            codes[match[1]], step = int(match[2]), match[3]
+        elif match := _START.match(line):
+            step = match[1]
+        if step:
+            self._newest = max(self._newest or 0, int(step))
+
+    def _prepare(self, *, exists: bool = False) -> None:
+        """Slices, then this commit and its dependencies on every host."""
+        if not exists:
+            self._resource.create(self._slice)
+        with tempfile.TemporaryDirectory() as folder:
+            archive = f"{'DIR' if self._args.dry_run else folder}/instap.tar.gz"
+            root = str(Path(__file__).resolve().parent.parent)
+            tar = ["git", "-C", root, "archive", "--format=tar.gz", f"--output={archive}", "HEAD"]
+            self._shell.check(tar)
+            self._shell.check(self._resource.copy(archive, "instap.tar.gz"))
+        setup = [self._args.setup] if self._args.setup else []
+        unpack = ["mkdir -p instap", "tar -xzf instap.tar.gz -C instap"]
+        steps = [*setup, *unpack, "bash instap/launch/host.sh setup"]
+        self._shell.check(self._resource.ssh(" && ".join(steps)))
+        self._ready = True
+
+    def _command(self) -> str:
+        variables = [shlex.quote(text) for text in self._args.env]
+        prefix = " ".join(["env", *variables, ""]) if variables else ""
+        return f"{prefix}bash instap/launch/host.sh run {shlex.join(self._verb)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
