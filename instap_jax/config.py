@@ -271,6 +271,9 @@ def _compute() -> ConfigDict:
     # What the backward pass keeps of a block: 'none' (only its input), 'dots' (matmul outputs
     # without batch dimensions), 'all' (no rematerialisation).
     c.remat = "none"
+    # Compiled programs are kept here and found again by a later start, best on storage that all
+    # hosts share. Unset: what JAX_COMPILATION_CACHE_DIR says, else WORKDIR/xla_cache, on a CPU none.
+    c.cache_dir = placeholder(str)
     return c
 
 
@@ -289,6 +292,7 @@ def _log() -> ConfigDict:
     c.every = 20  # steps between lines of metrics.jsonl
     c.tensorboard = True
     c.wandb_project = placeholder(str)  # needs the extra [wandb]
+    c.profile = placeholder(str)  # 'A:B': steps to trace for XProf, into WORKDIR/profile
     return c
 
 

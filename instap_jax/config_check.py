@@ -122,7 +122,13 @@ TUPLES = {
     "contrastive.temperature_range": (1e-6, 1e3),
     "optimizer.betas": (0.0, 0.99999),
 }
-PATHS = ("tokenizer.path", "teacher.checkpoint", "text.checkpoint", "checkpoint.init_from")
+PATHS = (
+    "tokenizer.path",
+    "teacher.checkpoint",
+    "text.checkpoint",
+    "checkpoint.init_from",
+    "compute.cache_dir",
+)
 
 # What may differ when a run goes on: it changes speed, output or length, not the result of a step.
 MAY_CHANGE = (
@@ -134,6 +140,7 @@ MAY_CHANGE = (
     "mesh",
     "distributed",
     "compute.remat",
+    "compute.cache_dir",
     "checkpoint.every",
     "checkpoint.keep",
     "log",
@@ -250,6 +257,9 @@ def _value_faults(flat: dict[str, Any]) -> list[str]:
         fits = len(value) == 2 and all(low <= member <= high for member in value)
         if not fits or (key not in ("data.canvas", "optimizer.betas") and value[0] > value[1]):
             faults.append(f"{key}={value} must be two values within [{low}, {high}], rising")
+    steps = re.fullmatch(r"(\d+):(\d+)", flat["log.profile"] or "1:1")
+    if not steps or not 1 <= int(steps[1]) <= int(steps[2]):
+        faults.append(f"log.profile={flat['log.profile']!r} must be A:B, first and last step")
     for axis in ("replica", "fsdp", "tensor"):
         if flat[f"mesh.{axis}"] < 1 and flat[f"mesh.{axis}"] != -1:
             faults.append(f"mesh.{axis}={flat[f'mesh.{axis}']} must be positive, or -1")
