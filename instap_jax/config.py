@@ -38,6 +38,7 @@ def default() -> ConfigDict:
     c.distributed = _distributed()
     c.compute = _compute()
     c.checkpoint = _checkpoint()
+    c.guard = _guard()
     c.log = _log()
     c.evaluation = _evaluation()
     return c
@@ -68,6 +69,8 @@ def _data() -> ConfigDict:
     c.prefetch = 4  # batches buffered per worker
     c.device_prefetch = 2  # batches already on the device
     c.max_fault_rate = 0.01  # more unreadable samples than this, since the process started, stop it
+    # Seconds after which reading one sample is given up: it is left out, its worker replaced.
+    c.decode_timeout = 60.0
     c.shuffle = True
     # Device-side augmentation: area of the random view as a fraction of the picture, and its
     # aspect ratio (UMT: RandomResizedCrop(scale=(0.5, 1))); flip skips samples that name a side.
@@ -251,7 +254,8 @@ def _optimizer() -> ConfigDict:
 def _mesh() -> ConfigDict:
     """Device mesh. -1 in at most one place: whatever is left."""
     c = ConfigDict()
-    c.replica = 1  # pure data parallelism (between slices)
+    c.slices = 1  # TPU slices, joined by the data-center network, that `replica` is divided among
+    c.replica = 1  # pure data parallelism (between slices): a multiple of `slices`
     c.fsdp = -1  # data parallelism with sharded parameters and optimizer state
     c.tensor = 1  # heads and MLP hidden units
     return c
@@ -284,6 +288,25 @@ def _checkpoint() -> ConfigDict:
     # Initial parameters from another run's workdir when this workdir has no checkpoint yet.
     c.init_from = placeholder(str)
     c.init_which = "newest"  # of that run's checkpoints: 'newest' or 'best' (by `evaluation`)
+    # Failures to write one, in a row, that a run of a single process bears, and the seconds until
+    # it tries again: doubled after each.
+    c.retries = 3
+    c.retry_seconds = 5.0
+    return c
+
+
+def _guard() -> ConfigDict:
+    """What happens to numbers that cannot be right (docs/reliability.md)."""
+    c = ConfigDict()
+    # An update whose loss, gradient or size is not finite is never applied. 'stop': the run ends
+    # there, with a dump for `instap replay`. 'skip': it goes on without that update.
+    c.non_finite = "stop"
+    c.max_skipped = 10  # of a whole run; one more stops it as 'stop' does
+    # A warning where loss > median + spike * MAD, both of the last `spike_window` losses of the
+    # same kind of batch; 0: none.
+    c.spike = 20.0
+    c.spike_window = 100  # steps
+    c.spike_stop = False  # stop there
     return c
 
 

@@ -33,6 +33,7 @@ CHOICES = {
     "compute.dtype": ("bfloat16", "float32"),
     "compute.remat": ("none", "dots", "all"),
     "checkpoint.init_which": ("newest", "best"),
+    "guard.non_finite": ("stop", "skip"),
 }
 
 POSITIVE = (
@@ -40,6 +41,7 @@ POSITIVE = (
     "data.batch_size",
     "data.frames",
     "data.instances_per_sample",
+    "data.decode_timeout",
     "tokenizer.length",
     "vision.width",
     "vision.depth",
@@ -71,6 +73,7 @@ POSITIVE = (
     "checkpoint.keep",
     "distributed.initialization_timeout",
     "distributed.heartbeat_timeout",
+    "mesh.slices",
     "log.every",
     "evaluation.batch_size",
 )
@@ -99,6 +102,10 @@ NON_NEGATIVE = (
     "optimizer.warmup_steps",
     "optimizer.min_learning_rate",
     "optimizer.weight_decay",
+    "checkpoint.retries",
+    "checkpoint.retry_seconds",
+    "guard.max_skipped",
+    "guard.spike",
     "ground.l1",
     "ground.giou",
     *WEIGHTS,
@@ -137,12 +144,16 @@ MAY_CHANGE = (
     "data.prefetch",
     "data.device_prefetch",
     "data.max_fault_rate",
+    "data.decode_timeout",
     "mesh",
     "distributed",
     "compute.remat",
     "compute.cache_dir",
     "checkpoint.every",
     "checkpoint.keep",
+    "checkpoint.retries",
+    "checkpoint.retry_seconds",
+    "guard",
     "log",
     "evaluation",
 )

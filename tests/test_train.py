@@ -198,16 +198,19 @@ def test_changed_tokenizer_or_teacher_is_noticed(made, teacher, tmp_path):
         run(teacher_config(made, **{"tokenizer.path": str(model)}), tmp_path / "text")
 
 
-def test_non_finite_loss_stops_at_the_step(made, teacher, tmp_path):
+def test_an_update_that_is_not_finite_stops_the_run_and_is_replayed(
+    made, teacher, tmp_path, capsys
+):
     config = teacher_config(made, **{"optimizer.learning_rate": 1e30})
-    with pytest.raises(UserError, match=r"step \d: \w+ is (nan|inf); stopped"):
+    told = (
+        r"step 2: update_norm is inf \(.*loss 2\..*\); samples train_.*stopped. The last checkpoint"
+    )
+    with pytest.raises(UserError, match=told):
         run(config, tmp_path)
-    mesh = sharding.make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
-        abstract = build_program(config, mesh).abstract
-        saved = checkpoint.read_params(str(tmp_path), abstract.params)
-    # Nothing that is not finite was saved, though the parameters blew up a step earlier.
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(saved)))
+    # At step 1 the rate is 0: what the run left is what it began with.
+    assert main.main(["replay", f"--workdir={tmp_path}"]) == 0
+    out = capsys.readouterr().out
+    assert "update_norm" in out and "not finite" in out
 
 
 def test_missing_data_is_one_line_and_the_mended_command_runs(made, teacher, tmp_path):
@@ -218,27 +221,15 @@ def test_missing_data_is_one_line_and_the_mended_command_runs(made, teacher, tmp
     run(student_config(made, teacher, stop_at=1), tmp_path)
 
 
-def test_damaged_checkpoint_is_one_line(made, teacher, tmp_path):
+def test_damaged_checkpoint_costs_the_steps_since_the_one_before(made, teacher, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(teacher, workdir)
     for path in (workdir / "checkpoints" / "6" / "optimizer").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    longer = teacher_config(made, stop_at=6)
-    with pytest.raises(UserError, match=r"checkpoints/6 cannot be restored; move it away"):
-        run(longer, workdir)
-    shutil.rmtree(workdir / "checkpoints" / "6")
-    run(longer, workdir)  # goes on from step 4
-
-
-def test_failing_storage_is_one_line(made, teacher, tmp_path, monkeypatch):
-    def full(self, *args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", full)
-    with pytest.raises(UserError, match="cannot save; the last checkpoint is from step 0") as error:
-        run(student_config(made, teacher), tmp_path)
-    assert "No space left on device" in str(error.value)
+    run(teacher_config(made), workdir)
+    assert "checkpoints/6 is damaged and passed over for 4: optimizer/" in capsys.readouterr().err
+    assert timeless(workdir) == timeless(teacher)
 
 
 def test_evaluate_and_report(made, teacher, tmp_path, capsys):

@@ -34,5 +34,6 @@ def tiny_config(part: str, **changes) -> ConfigDict:
     c.optimizer.clip_norm = None  # Adam's moments are then those of the gradients
     c.checkpoint.every = 2
     c.log.update(every=1, tensorboard=False)
+    c.checkpoint.retries = 0
     c.update_from_flattened_dict(changes)
     return c

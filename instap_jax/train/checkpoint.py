@@ -1,4 +1,4 @@
-"""Checkpoints: a thin wrapper around orbax, so that its API is named in one file.
+"""Checkpoints: a thin wrapper around orbax, so that its API is named here and in `saving` alone.
 
 A checkpoint is one directory `DIR/checkpoints/STEP` that holds four items and appears only when
 all of them are complete:
@@ -8,9 +8,15 @@ all of them are complete:
   meta       resolved config, stage, versions, JSON
 The best checkpoint of a run by its validation metric (`train/selection.py`), if it has one, is kept
 beside them, `DIR/checkpoints-best/STEP`, params and meta alone.
+
+Whoever asks for the newest checkpoint gets the newest whose checksums agree (`train/integrity.py`),
+and a line on the screen for each newer one that was passed over.
 """
 
 import contextlib
+import itertools
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,95 +24,40 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from instap_jax.errors import UserError
-from instap_jax.train.state import TrainState
+from instap_jax.train import integrity
 
 DIRECTORY = "checkpoints"
 NEWEST, BEST = "newest", "best"  # which checkpoint of a run to read
-_DIRECTORIES = {NEWEST: DIRECTORY, BEST: "checkpoints-best"}
+DIRECTORIES = {NEWEST: DIRECTORY, BEST: "checkpoints-best"}
 ITEMS = ("params", "optimizer", "data", "meta")
+READ = ("params", "meta")  # what readers of a run need
 
 
-class Checkpointer:
-    """Writes checkpoints in the background and restores them onto any mesh.
+@contextlib.contextmanager
+def storage_faults(what: str):
+    """Whatever storage raises, through orbax and tensorstore, as one line of ours."""
+    try:
+        yield
+    except (UserError, integrity.Damaged):
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:300]
+        raise UserError(f"{what} ({type(error).__name__}: {reason})") from error
 
-    Args:
-      workdir: local path or object-store URL of the run.
-      every: steps between checkpoints; `save` ignores other steps unless forced.
-      keep: how many of the newest are kept.
-    """
 
-    def __init__(self, workdir: str, *, every: int, keep: int):
-        self._workdir = workdir
-        options = ocp.CheckpointManagerOptions(
-            save_interval_steps=every, max_to_keep=keep, enable_async_checkpointing=True
-        )
-        with _storage_faults(f"{workdir}: cannot open its checkpoints"):
-            self._manager = _manager(workdir, options)
-
-    def latest_step(self) -> int | None:
-        return self._manager.latest_step()
-
-    def save(
-        self,
-        state: TrainState,
-        step: int,
-        *,
-        data: dict[str, Any],
-        meta: dict[str, Any],
-        force: bool = False,
-    ) -> bool:
-        """Starts saving; False when this step is not due. Errors of an earlier save raise here."""
-        args = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            optimizer=ocp.args.StandardSave({"opt_state": state.opt_state, "step": state.step}),
-            data=ocp.args.JsonSave(data),
-            meta=ocp.args.JsonSave(meta),
-        )
-        if force and self._manager.latest_step() == step:
-            return False  # just saved on schedule
-        with _storage_faults(self._cannot_save()):
-            return self._manager.save(step, args=args, force=force)
-
-    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Restores the newest checkpoint as `abstract` describes it; also the position of the data.
-
-        Raises:
-          UserError: when it is damaged or does not fit.
-        """
-        step = self._manager.latest_step()
-        args = ocp.args.Composite(
-            params=ocp.args.StandardRestore(abstract.params),
-            optimizer=ocp.args.StandardRestore(
-                {"opt_state": abstract.opt_state, "step": abstract.step}
-            ),
-            data=ocp.args.JsonRestore(),
-        )
-        with _storage_faults(
-            f"{self._workdir}/{DIRECTORY}/{step} cannot be restored; move it away to go on from an "
-            "earlier one"
-        ):
-            restored = self._manager.restore(step, args=args)
-        state = TrainState(
-            step=restored.optimizer["step"],
-            params=restored.params,
-            opt_state=restored.optimizer["opt_state"],
-        )
-        return state, restored.data
-
-    def wait(self) -> None:
-        """Waits for a save in progress to be complete."""
-        with _storage_faults(self._cannot_save()):
-            self._manager.wait_until_finished()
-
-    def _cannot_save(self) -> str:
-        last = self._manager.latest_step()
-        return f"{self._workdir}: cannot save; the last checkpoint is from step {last or 0}"
-
-    def close(self) -> None:
-        self.wait()
-        self._manager.close()
+def open_manager(
+    workdir: str, options: ocp.CheckpointManagerOptions, which: str = NEWEST
+) -> ocp.CheckpointManager:
+    """orbax's manager of a run's checkpoints, which writes the list of checksums."""
+    path = epath.Path(workdir)
+    if "://" not in workdir:
+        path = epath.Path(Path(workdir).absolute())
+    directory = path / DIRECTORIES[which]
+    options.temporary_path_class = integrity.temporary_path_class(directory)
+    return ocp.CheckpointManager(directory, item_names=ITEMS, options=options)
 
 
 def write_params(workdir: str, params: Any, *, meta: dict[str, Any]) -> None:
@@ -116,32 +67,107 @@ def write_params(workdir: str, params: Any, *, meta: dict[str, Any]) -> None:
       params: State of host arrays.
       meta: as the loop writes it, and 'converted'.
     """
-    args = ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta))
     with (
-        _storage_faults(f"{workdir}: cannot save"),
-        _manager(workdir, ocp.CheckpointManagerOptions()) as manager,
+        storage_faults(f"{workdir}: cannot save"),
+        open_manager(workdir, ocp.CheckpointManagerOptions()) as manager,
     ):
-        manager.save(0, args=args)
+        manager.save(0, args=_readable(params, meta))
         manager.wait_until_finished()
 
 
 def write_best(workdir: str, params: Any, *, step: int, meta: dict[str, Any]) -> None:
     """Writes the parameters of `step` as the best of the run, in place of the one before."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-    args = ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta))
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=1, enable_async_checkpointing=False, cleanup_tmp_directories=True
+    )
     with (
-        _storage_faults(f"{workdir}: cannot save the best checkpoint"),
-        _manager(workdir, options, BEST) as manager,
+        storage_faults(f"{workdir}: cannot save the best checkpoint"),
+        open_manager(workdir, options, BEST) as manager,
     ):
-        manager.save(step, args=args, force=True)
+        set_aside_damaged(manager, workdir, READ)
+        manager.save(step, args=_readable(params, meta), force=True)
+
+
+def _readable(params: Any, meta: dict[str, Any]) -> ocp.args.Composite:
+    return ocp.args.Composite(
+        params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta | integrity.MARK)
+    )
+
+
+def newest_intact(
+    manager: ocp.CheckpointManager, items: Sequence[str]
+) -> tuple[int | None, dict[int, str]]:
+    """The newest step whose checksums agree, and the newer ones that were passed over, with why.
+
+    The main process reads; the others take its word. Steps are as `manager` last listed them.
+
+    Raises:
+      UserError: the storage cannot be read, or no step of several is intact.
+    """
+    damaged: dict[int, str] = {}
+    step = None
+    if jax.process_index() == 0:
+        with storage_faults(f"{manager.directory} cannot be read"):
+            for candidate in sorted(manager.all_steps(), reverse=True):
+                try:
+                    integrity.check(manager.directory / str(candidate), items)
+                except integrity.Damaged as error:
+                    damaged[candidate] = str(error)
+                    continue
+                step = candidate
+                break
+    step = _agreed(step, bool(damaged))
+    if step == _NONE_INTACT:
+        reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
+        raise UserError(
+            f"{manager.directory} holds no intact checkpoint ({reasons or 'see process 0'}); "
+            "restore one from a copy, or name another directory"
+        )
+    for skipped, reason in damaged.items():
+        print(
+            f"{manager.directory}/{skipped} is damaged and passed over for {step}: {reason}",
+            file=sys.stderr,
+        )
+    return step, damaged
+
+
+_NONE, _NONE_INTACT = -1, -2
+
+
+def _agreed(step: int | None, damaged: bool) -> int | None:
+    """What the main process found, on every process."""
+    code = step if step is not None else (_NONE_INTACT if damaged else _NONE)
+    if jax.process_count() > 1:
+        code = int(multihost_utils.broadcast_one_to_all(np.int32(code)))
+    return None if code == _NONE else code
+
+
+def set_aside_damaged(manager: ocp.CheckpointManager, workdir: str, items: Sequence[str]) -> None:
+    """Moves damaged checkpoints that are newer than the newest intact one to a sibling directory.
+
+    There they are out of the way of the run, which will write these steps again, and of its
+    deletion of old checkpoints. Where none is intact nothing is moved, and a UserError says so.
+    """
+    _, damaged = newest_intact(manager, items)
+    aside = manager.directory.parent / f"{manager.directory.name}-damaged"
+    with storage_faults(f"{workdir}: cannot move a damaged checkpoint aside"):
+        for step in damaged:
+            aside.mkdir(parents=True, exist_ok=True)
+            names = (f"{step}" + (f".{n}" if n else "") for n in itertools.count())
+            place = next(aside / name for name in names if not (aside / name).exists())
+            (manager.directory / str(step)).rename(place)
+            print(f"it is kept as {place}", file=sys.stderr)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("set_aside_damaged")
+    manager.reload()
 
 
 def has_best(workdir: str) -> bool:
     """Whether the run has a best checkpoint."""
-    if not (epath.Path(workdir) / _DIRECTORIES[BEST]).exists():
+    if not (epath.Path(workdir) / DIRECTORIES[BEST]).exists():
         return False
     with _reader(workdir, BEST) as manager:
-        return manager.latest_step() is not None
+        return bool(manager.all_steps())
 
 
 def read_meta(workdir: str, *, which: str = NEWEST) -> tuple[int, dict[str, Any]]:
@@ -151,8 +177,8 @@ def read_meta(workdir: str, *, which: str = NEWEST) -> tuple[int, dict[str, Any]
       UserError: when there is none.
     """
     with _reader(workdir, which) as manager:
-        step = _newest(manager, workdir)
-        with _storage_faults(f"{manager.directory}/{step} cannot be read"):
+        step = _newest(manager)
+        with storage_faults(f"{manager.directory}/{step} cannot be read"):
             restored = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
         return step, restored.meta
 
@@ -178,12 +204,14 @@ def read_params(
       UserError: when there is no checkpoint, or a parameter is missing, left over or misshapen.
     """
     with _reader(workdir, which) as manager:
-        step = _newest(manager, workdir) if step is None else step
-        path = manager.directory / str(step) / "params"
+        directory = manager.directory / str(_newest(manager) if step is None else step)
+        if step is not None and jax.process_index() == 0:
+            _check_named(directory)
+    path = directory / "params"
     item: Any = abstract
     for name in reversed(select):
         item = {name: item}
-    with _storage_faults(f"{path} cannot be read"), _params_reader() as reader:
+    with storage_faults(f"{path} cannot be read"), _params_reader() as reader:
         stored = _select(reader.metadata(path).item_metadata.tree, select, workdir)
         expected, found = _shapes(abstract), _shapes(stored)
         if found != expected:
@@ -211,10 +239,10 @@ class StoredParams:
 
     def __init__(self, workdir: str):
         with _reader(workdir) as manager:
-            self.step = _newest(manager, workdir)
+            self.step = _newest(manager)
             self._path = manager.directory / str(self.step) / "params"
         self._workdir = workdir
-        with _storage_faults(f"{self._path} cannot be read"), _params_reader() as reader:
+        with storage_faults(f"{self._path} cannot be read"), _params_reader() as reader:
             tree = reader.metadata(self._path).item_metadata.tree
         self._places = {_name(path): path for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
         self.shapes = _shapes(tree)
@@ -232,7 +260,7 @@ class StoredParams:
             item = {entry.key: item}
         wanted = jax.tree.map(lambda _: 0, item)
         args = ocp.args.PyTreeRestore(wanted, restore_args=item, partial_restore=True)
-        with _storage_faults(f"{self._path} cannot be read"), _params_reader() as reader:
+        with storage_faults(f"{self._path} cannot be read"), _params_reader() as reader:
             (leaf,) = jax.tree.leaves(reader.restore(self._path, args=args))
         return leaf
 
@@ -244,34 +272,13 @@ def module_names(workdir: str, *, which: str = NEWEST) -> tuple[str, ...]:
       UserError: when there is no checkpoint.
     """
     with _reader(workdir, which) as manager:
-        path = manager.directory / str(_newest(manager, workdir)) / "params"
-    with _storage_faults(f"{path} cannot be read"), _params_reader() as reader:
+        path = manager.directory / str(_newest(manager)) / "params"
+    with storage_faults(f"{path} cannot be read"), _params_reader() as reader:
         return tuple(reader.metadata(path).item_metadata.tree)
 
 
-@contextlib.contextmanager
-def _storage_faults(what: str):
-    """Whatever storage raises, through orbax and tensorstore, as one line of ours."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0][:300]
-        raise UserError(f"{what} ({type(error).__name__}: {reason})") from error
-
-
-def _manager(
-    workdir: str, options: ocp.CheckpointManagerOptions, which: str = NEWEST
-) -> ocp.CheckpointManager:
-    path = epath.Path(workdir)
-    if "://" not in workdir:
-        path = epath.Path(Path(workdir).absolute())
-    return ocp.CheckpointManager(path / _DIRECTORIES[which], item_names=ITEMS, options=options)
-
-
 def _reader(workdir: str, which: str = NEWEST) -> ocp.CheckpointManager:
-    directory = _DIRECTORIES[which]
+    directory = DIRECTORIES[which]
     if not (epath.Path(workdir) / directory).exists():
         if which == BEST:
             raise UserError(
@@ -279,18 +286,26 @@ def _reader(workdir: str, which: str = NEWEST) -> ocp.CheckpointManager:
                 "one where config.evaluation.every is set"
             )
         raise UserError(f"{workdir}: no such run (it has no {directory}/ directory)")
-    return _manager(workdir, ocp.CheckpointManagerOptions(read_only=True), which)
+    return open_manager(workdir, ocp.CheckpointManagerOptions(read_only=True), which)
 
 
 def _params_reader() -> ocp.Checkpointer:
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
 
 
-def _newest(manager: ocp.CheckpointManager, workdir: str) -> int:
-    step = manager.latest_step()
+def _newest(manager: ocp.CheckpointManager) -> int:
+    step, _ = newest_intact(manager, READ)
     if step is None:
         raise UserError(f"{manager.directory}: no complete checkpoint there")
     return step
+
+
+def _check_named(directory: epath.Path) -> None:
+    try:
+        with storage_faults(f"{directory} cannot be read"):
+            integrity.check(directory, READ)
+    except integrity.Damaged as error:
+        raise UserError(f"{directory} is damaged: {error}") from error
 
 
 def _select(tree, select: tuple[str, ...], workdir: str):

@@ -5,6 +5,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -20,12 +21,14 @@ class Fed(NamedTuple):
     Attributes:
       batch: global arrays, leading axis split over the data axes.
       samples: samples in the global batch.
+      places: int32 [m, 2], (corpus, record) of this process's samples, see `Feed.sample_ids`.
       state: position of every loader after this batch, JSON-able.
     """
 
     batch: Batch
     kind: Kind
     samples: int
+    places: np.ndarray
     state: dict[str, Any]
 
 
@@ -78,7 +81,7 @@ class Feed:
 
     def __init__(self, config: ConfigDict, mesh: Mesh, *, start_step: int, state: dict | None):
         self._config = config
-        self._sharding = sharding.batch_sharding(mesh)
+        self._mesh = mesh
         groups, group_size = batch_shape(config, mesh)
         corpora = {Kind.VIDEO: config.data.videos, Kind.IMAGE: config.data.images}
         self._loaders = {
@@ -87,8 +90,7 @@ class Feed:
                 kind=kind,
                 groups=groups,
                 group_size=group_size,
-                host_index=jax.process_index(),
-                host_count=jax.process_count(),
+                rows=sharding.host_rows(mesh, groups),
             )
             for kind, text in corpora.items()
             if text
@@ -115,6 +117,11 @@ class Feed:
             total.update(monitor.counts())
         return dict(total)
 
+    def sample_ids(self, fed: Fed) -> list[str]:
+        """Ids of this process's samples of a batch, in order."""
+        loader = self._loaders[fed.kind]
+        return [loader.sample_id(int(corpus), int(record)) for corpus, record in fed.places]
+
     def close(self) -> None:
         for loader in self._loaders.values():
             loader.close()
@@ -126,8 +133,11 @@ class Feed:
         self._monitors[kind].check(self._config.data.max_fault_rate)
         self._states = self._states | {kind: self._loaders[kind].get_state()}
         self._step += 1
-        placed = jax.tree.map(
-            lambda array: jax.make_array_from_process_local_data(self._sharding, array), batch
+        placed = jax.tree.map(lambda array: sharding.place_rows(array, self._mesh), batch)
+        return Fed(
+            batch=placed,
+            kind=kind,
+            samples=math.prod(placed["sample_valid"].shape),
+            places=np.stack([batch["corpus"], batch["record"]], axis=-1).reshape(-1, 2),
+            state=dict(self._states),
         )
-        samples = math.prod(placed["sample_valid"].shape)
-        return Fed(batch=placed, kind=kind, samples=samples, state=dict(self._states))

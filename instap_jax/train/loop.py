@@ -9,7 +9,6 @@ The frozen teacher always comes from `config.teacher.checkpoint`.
 """
 
 import dataclasses
-import math
 import sys
 import time
 from pathlib import Path
@@ -23,11 +22,14 @@ import instap_jax
 from instap_jax import sharding
 from instap_jax.errors import UserError
 from instap_jax.progress import Progress
-from instap_jax.train import checkpoint, flops, inputs
+from instap_jax.train import checkpoint, dump, flops, inputs
+from instap_jax.train.clock import StepClock
 from instap_jax.train.feed import Fed, Feed
+from instap_jax.train.guard import Alarm, Guard
 from instap_jax.train.initialise import initial_params
 from instap_jax.train.metrics import MetricWriter
 from instap_jax.train.program import Program, build_program
+from instap_jax.train.saving import Checkpointer
 from instap_jax.train.selection import MakeValidate, Selection
 from instap_jax.train.state import TrainState
 from instap_jax.train.stop import StopRequest
@@ -58,8 +60,12 @@ def train(
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         program = build_program(config, mesh)
-        checkpointer = checkpoint.Checkpointer(
-            str(workdir), every=config.checkpoint.every, keep=config.checkpoint.keep
+        checkpointer = Checkpointer(
+            str(workdir),
+            every=config.checkpoint.every,
+            keep=config.checkpoint.keep,
+            retries=config.checkpoint.retries,
+            retry_seconds=config.checkpoint.retry_seconds,
         )
         try:
             selection = Selection(config, workdir, program, mesh, make_validate)
@@ -78,12 +84,12 @@ def _run(
     workdir,
     mesh,
     program: Program,
-    checkpointer,
+    checkpointer: Checkpointer,
     stop: StopRequest,
     selection: Selection,
 ) -> TrainState:
     frozen = _load_frozen(config, program)
-    state, data_state = _start(config, workdir, program, checkpointer)
+    state, kept = _start(config, workdir, program, checkpointer)
     start = int(state.step)
     last = min(config.steps, config.stop_at or config.steps)
     if start >= last:
@@ -93,9 +99,10 @@ def _run(
         print(_summary(config, mesh, state, start, last))
     if stop:
         raise KeyboardInterrupt
-    feed = Feed(config, mesh, start_step=start, state=data_state)
+    feed = Feed(config, mesh, start_step=start, state=kept)
     writer = MetricWriter(workdir, config, resume_step=start) if _is_main() else None
-    run = _Run(config, mesh, program, checkpointer, feed, writer, stop, selection)
+    guard = Guard(config, kept.get("guard") if kept else None)
+    run = _Run(config, workdir, mesh, program, checkpointer, feed, writer, stop, selection, guard)
     try:
         return run.steps(state, frozen, start, last)
     finally:
@@ -110,20 +117,22 @@ class _Run:
     def __init__(
         self,
         config,
+        workdir: Path,
         mesh,
         program,
-        checkpointer,
+        checkpointer: Checkpointer,
         feed: Feed,
-        writer,
+        writer: MetricWriter | None,
         stop: StopRequest,
         selection: Selection,
+        guard: Guard,
     ):
-        self._selection = selection
+        self._selection, self._guard, self._workdir = selection, guard, workdir
         self._config, self._mesh, self._program, self._stop = config, mesh, program, stop
         self._checkpointer, self._feed, self._writer = checkpointer, feed, writer
         self._inputs = inputs.identify(config)
         self._flops: dict = {}
-        self._clock = _Clock()
+        self._clock = StepClock()
 
     def steps(self, state: TrainState, frozen: nnx.State, start: int, last: int) -> TrainState:
         pending = None  # metrics are read one step late, so that the device never waits for us
@@ -133,55 +142,74 @@ class _Run:
                 fed = next(self._feed)
                 self._clock.wait(time.perf_counter() - waited)
                 self._measure_flops(state, frozen, fed)
+                self._checkpointer.check()
                 state, metrics = self._program.step(state, frozen, fed.batch)
                 if pending:
-                    progress.update(note=self._finish(*pending))
+                    progress.update(note=self._finish(*pending, state))
                 pending = (step, metrics, fed)
-                if self._selection.due(step):  # before the checkpoint: none is resumed past it
-                    progress.update(note=self._finish(*pending))
-                    pending = None
-                    self._validate(state, step)
+                validate = self._selection.due(step)
                 stop = bool(self._stop)  # read once: it may turn true at any moment
                 # Several processes may not have been asked at the same step: no extra save then.
                 force = step == last or (stop and jax.process_count() == 1)
-                if force or self._due(step):
-                    if pending:
-                        progress.update(note=self._finish(*pending))
-                        pending = None
-                    self._save(state, step, fed, force=force)
+                save = force or self._checkpointer.due(step)
+                if validate or save:  # what is measured or saved is known to be finite
+                    progress.update(note=self._finish(*pending, state))
+                    pending = None
+                if validate:  # before the checkpoint: none is resumed past it
+                    self._validate(state, step)
+                if save:
+                    self._save(state, step, fed, wait=force)
                 if stop:
                     raise KeyboardInterrupt
         return state
 
-    def _due(self, step: int) -> bool:
-        """Before a checkpoint the step's loss must be known to be finite."""
-        return step % self._config.checkpoint.every == 0
+    def _finish(self, step: int, metrics, fed: Fed, state: TrainState) -> str:
+        """Waits for a step, judges and writes its metrics; returns a short note.
 
-    def _finish(self, step: int, metrics, fed: Fed) -> str:
-        """Waits for a step, checks its loss, writes its metrics when due; returns a short note."""
+        `state`: after this step, or after the one that was started since.
+        """
         scalars = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(scalars[name])]
-        if bad:
-            raise UserError(
-                f"step {step}: {bad[0]} is {scalars[bad[0]]}; stopped. The last checkpoint is "
-                f"from step {self._checkpointer.latest_step() or 0}"
-            )
+        if alarm := self._guard.judge(fed.kind, scalars):
+            self._sound(alarm, step, fed, state, scalars)
         self._clock.step(fed.samples, self._flops.get(fed.kind))
         if step % self._config.log.every == 0 or step == 1:
-            scalars |= self._clock.read() | {f"kind_{fed.kind}": 1.0} | self._fault_counts()
+            del scalars["refused"]
+            scalars |= self._clock.read() | {f"kind_{fed.kind}": 1.0} | self._counts()
             if self._writer:
                 self._writer.write(step, scalars)
         return f"loss {scalars['loss']:.4f}"
 
-    def _fault_counts(self) -> dict[str, float]:
-        return {f"faults/{name}": float(n) for name, n in self._feed.fault_counts().items()}
+    def _sound(
+        self, alarm: Alarm, step: int, fed: Fed, state: TrainState, scalars: dict[str, float]
+    ) -> None:
+        """Prints an alarm, or ends the run with it and with what replays the step.
+
+        After a refused update that ends the run the state stays what it was before that step.
+        """
+        line = f"step {step}: {alarm.what}; samples {_some(self._feed.sample_ids(fed))}"
+        if not alarm.stop:
+            print(line, file=sys.stderr)
+            return
+        if alarm.refused:
+            facts = self._meta() | {
+                "step": step,
+                "metrics": {k: str(v) for k, v in scalars.items()},
+            }
+            line += f"; {dump.write(self._workdir, state, fed.batch, step=step, meta=facts)}"
+        last = self._checkpointer.latest_step() or 0
+        raise UserError(f"{line}; stopped. The last checkpoint is from step {last}")
+
+    def _counts(self) -> dict[str, float]:
+        """What went wrong so far: samples without data by reason, updates and losses."""
+        faults = self._feed.fault_counts().items()
+        return {f"faults/{name}": float(n) for name, n in faults} | self._guard.counts()
 
     def _validate(self, state: TrainState, step: int) -> None:
         """Measures the parameters and keeps them if they are the best; no part of a step's time."""
         start = time.perf_counter()
         scalars = self._selection.measure(state.params, step, self._meta())
         if self._writer:
-            self._writer.write(step, scalars | self._fault_counts())
+            self._writer.write(step, scalars | self._counts())
         self._clock.leave_out(time.perf_counter() - start)
 
     def _measure_flops(self, state, frozen, fed: Fed) -> None:
@@ -204,49 +232,11 @@ class _Run:
             "time": time.time(),
         }
 
-    def _save(self, state: TrainState, step: int, fed: Fed, *, force: bool) -> None:
-        self._checkpointer.save(state, step, data=fed.state, meta=self._meta(), force=force)
-
-
-class _Clock:
-    """Splits the wall time of steps into waiting for data and the rest, between two readings."""
-
-    def __init__(self):
-        self._reset()
-
-    def _reset(self) -> None:
-        self._start = time.perf_counter()
-        self._steps = self._samples = 0
-        self._waited = self._peak_seconds = 0.0
-        self._counted = True
-
-    def wait(self, seconds: float) -> None:
-        self._waited += seconds
-
-    def leave_out(self, seconds: float) -> None:
-        """Seconds that were spent on something else than steps."""
-        self._start += seconds
-
-    def step(self, samples: int, peak_seconds: float | None) -> None:
-        """Counts a finished step; `peak_seconds`: its model FLOPs over the mesh's peak rate."""
-        self._steps += 1
-        self._samples += samples
-        self._peak_seconds += peak_seconds or 0.0
-        self._counted &= peak_seconds is not None
-
-    def read(self) -> dict[str, float]:
-        elapsed = time.perf_counter() - self._start
-        steps = max(self._steps, 1)
-        scalars = {
-            "examples_per_second": self._samples / elapsed,
-            "step_seconds": elapsed / steps,
-            "data_wait_seconds": self._waited / steps,
-            "compute_seconds": (elapsed - self._waited) / steps,
-        }
-        if self._counted:
-            scalars["mfu"] = self._peak_seconds / elapsed
-        self._reset()
-        return scalars
+    def _save(self, state: TrainState, step: int, fed: Fed, *, wait: bool) -> None:
+        if self._writer:
+            self._writer.sync()
+        data = fed.state | {"guard": self._guard.state()}
+        self._checkpointer.save(state, step, data=data, meta=self._meta(), wait=wait)
 
 
 def _start(config, workdir: Path, program: Program, checkpointer) -> tuple[TrainState, dict | None]:
@@ -279,6 +269,11 @@ def _load_frozen(config: ConfigDict, program: Program) -> nnx.State:
         program.frozen_abstract,
         select=program.objective.frozen_path,
     )
+
+
+def _some(names: list[str], shown: int = 8) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def _is_main() -> bool:

@@ -1,6 +1,8 @@
 """Where the numbers of a run go: `metrics.jsonl`, TensorBoard, optionally W&B, and the screen."""
 
+import contextlib
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -28,24 +30,47 @@ class MetricWriter:
         path = workdir / "metrics.jsonl"
         if path.exists():
             _truncate(path, resume_step)
-        self._file: TextIO = path.open("a")
+        try:
+            self._file: TextIO = path.open("a")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error.strerror}") from error
         self._board = None
         if config.log.tensorboard:
             self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
         self._wandb = _start_wandb(workdir, config)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Writes a line; what is not finite, of an update that was skipped, is left out.
+
+        Raises:
+          UserError: storage failed.
+        """
+        scalars = {name: value for name, value in scalars.items() if math.isfinite(value)}
         line = {"step": step, "time": round(time.time(), 3)} | scalars
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with self._storage():
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
         if self._board:
             for name, value in scalars.items():
                 self._board.add_scalar(name, value, step)
         if self._wandb:
             self._wandb.log(scalars, step=step)
 
+    def sync(self) -> None:
+        """To the disk itself: before a checkpoint, so that no step of it lacks its line."""
+        with self._storage():
+            os.fsync(self._file.fileno())
+
+    @contextlib.contextmanager
+    def _storage(self):
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self._file.name}: cannot be written: {error.strerror}") from error
+
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a line whose writing has already raised
+            self._file.close()
         if self._board:
             self._board.close()
         if self._wandb:
@@ -53,21 +78,26 @@ class MetricWriter:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`; an incomplete last line (a crash) is left out."""
+    """The lines of a run's `metrics.jsonl`; what a crash tore or storage damaged is left out."""
     lines = []
-    for text in (workdir / "metrics.jsonl").read_text().splitlines():
+    for text in (workdir / "metrics.jsonl").read_text(errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
     return lines
 
 
 def _truncate(path: Path, step: int) -> None:
     kept = [line for line in read_metrics(path.parent) if line["step"] <= step]
     aside = path.with_suffix(".partial")
-    aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(aside, path)
+    try:
+        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(aside, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def _start_wandb(workdir: Path, config: ConfigDict):

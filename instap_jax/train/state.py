@@ -21,11 +21,13 @@ class TrainState:
       step: int32 scalar, optimizer steps done. With the seed it determines all randomness.
       params: float32 parameters of the trained model.
       opt_state: state of the optax transformation, placed like the parameters.
+      refused: int32 scalar, updates so far that were not applied (`train/step.py`).
     """
 
     step: jax.Array
     params: nnx.State
     opt_state: optax.OptState
+    refused: jax.Array
 
 
 def abstract_state(
@@ -41,6 +43,7 @@ def abstract_state(
         step=jax.ShapeDtypeStruct((), jnp.int32),
         params=params,
         opt_state=jax.eval_shape(tx.init, params),
+        refused=jax.ShapeDtypeStruct((), jnp.int32),
     )
     return graphdef, with_sharding(state, mesh)
 
@@ -72,6 +75,7 @@ def init_state(
 
     def init() -> TrainState:
         params = nnx.state(create(nnx.Rngs(seed)))
-        return TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(params))
+        zero = jnp.int32(0)
+        return TrainState(step=zero, params=params, opt_state=tx.init(params), refused=zero)
 
     return jax.jit(init, out_shardings=shardings(abstract))()

@@ -15,6 +15,8 @@ from instap_jax.train.state import TrainState
 from instap_jax.types import Batch
 
 Metrics = dict[str, jax.Array]
+
+MUST_BE_FINITE = ("loss", "grad_norm", "update_norm")
 StepFunction = Callable[[TrainState, nnx.State, Batch], tuple[TrainState, Metrics]]
 
 
@@ -29,9 +31,74 @@ def make_train_step(
 
     All randomness comes from fold_in(seed, step), so a resumed run draws what the uninterrupted
     one would have drawn. Metrics are float32 scalars: the objective's own terms, `loss`,
-    `learning_rate`, `grad_norm`, `param_norm`, `update_norm`.
+    `learning_rate`, `grad_norm`, `param_norm`, `update_norm`, and `refused`.
+
+    An update whose loss, gradient or size is not finite is refused: parameters and optimizer state
+    stay as they were before the step, and `refused` counts it. After more refusals than
+    `refusals_allowed` every update is refused, without being counted: the state waits, unharmed,
+    for whoever reads the metrics some steps later.
     """
     schedule = learning_rate_schedule(config)
+    gradient = make_gradient(config, objective, graphdef, frozen_graphdef)
+    allowed = refusals_allowed(config)
+
+    def step(state: TrainState, frozen: nnx.State, batch: Batch) -> tuple[TrainState, Metrics]:
+        loss, terms, grads = gradient(state.params, frozen, batch, state.step)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = terms | {
+            "loss": loss,
+            "learning_rate": schedule(state.step),
+            "grad_norm": optax.tree.norm(grads),
+            "update_norm": optax.tree.norm(updates),
+        }
+        finite = jnp.isfinite(jnp.stack([metrics[name] for name in MUST_BE_FINITE])).all()
+        going_on = state.refused <= allowed
+        params, opt_state = keep_unless(
+            finite & going_on, (params, opt_state), (state.params, state.opt_state)
+        )
+        refused = state.refused + (going_on & ~finite)
+        metrics |= {"param_norm": optax.tree.norm(params), "refused": refused.astype(jnp.float32)}
+        state = TrainState(
+            step=state.step + 1,
+            params=params,
+            opt_state=advance_schedule(opt_state, state.step + 1),
+            refused=refused,
+        )
+        return state, metrics
+
+    return step
+
+
+def refusals_allowed(config: ConfigDict) -> int:
+    """How many updates that are not finite a run bears: `config.guard`."""
+    return config.guard.max_skipped if config.guard.non_finite == "skip" else 0
+
+
+def keep_unless(condition: jax.Array, new, old):
+    """`new` where the scalar condition holds, else `old`, leaf by leaf."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def advance_schedule(opt_state: optax.OptState, step: jax.Array) -> optax.OptState:
+    """The learning rate is that of the step number, whether or not an update was refused."""
+
+    def advance(part):
+        scheduled = isinstance(part, optax.ScaleByScheduleState)
+        return part._replace(count=step) if scheduled else part
+
+    return jax.tree.map(
+        advance, opt_state, is_leaf=lambda part: isinstance(part, optax.ScaleByScheduleState)
+    )
+
+
+def make_gradient(
+    config: ConfigDict,
+    objective: Objective,
+    graphdef: nnx.GraphDef,
+    frozen_graphdef: nnx.GraphDef,
+) -> Callable[[nnx.State, nnx.State, Batch, jax.Array], tuple[jax.Array, Metrics, nnx.State]]:
+    """Returns `gradient(params, frozen, batch, step) -> (loss, terms, gradient)` of a step."""
     accumulate = config.optimizer.accumulate
 
     def loss_fn(params, frozen, batch, key):
@@ -41,26 +108,15 @@ def make_train_step(
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def step(state: TrainState, frozen: nnx.State, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    def gradient(params, frozen, batch, step):
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
         if accumulate == 1:
-            (loss, metrics), grads = grad_fn(state.params, frozen, batch, key)
+            (loss, terms), grads = grad_fn(params, frozen, batch, key)
         else:
-            (loss, metrics), grads = _accumulate(
-                grad_fn, state.params, frozen, batch, key, accumulate
-            )
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = metrics | {
-            "loss": loss,
-            "learning_rate": schedule(state.step),
-            "grad_norm": optax.tree.norm(grads),
-            "param_norm": optax.tree.norm(params),
-            "update_norm": optax.tree.norm(updates),
-        }
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+            (loss, terms), grads = _accumulate(grad_fn, params, frozen, batch, key, accumulate)
+        return loss, terms, grads
 
-    return step
+    return gradient
 
 
 def _accumulate(grad_fn, params, frozen, batch, key, count: int):

@@ -1,0 +1,178 @@
+"""The checkpoints of a run while it trains: when they are due, written, tried again, restored."""
+
+import logging
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from instap_jax.errors import UserError
+from instap_jax.train import integrity
+from instap_jax.train.checkpoint import (
+    DIRECTORY,
+    ITEMS,
+    open_manager,
+    set_aside_damaged,
+    storage_faults,
+)
+from instap_jax.train.state import TrainState
+
+
+class Checkpointer:
+    """Writes checkpoints in the background and restores them onto any mesh.
+
+    A checkpoint that cannot be written leaves those before it as they are. It is an error, or,
+    with `retries`, a line on the screen, and the checkpoint of a later step takes its place: the
+    first as soon as `retry_seconds` have passed, each further one after twice the time.
+
+    Args:
+      workdir: local path or object-store URL of the run.
+      every: steps between checkpoints.
+      keep: how many of the newest are kept.
+      retries: failures in a row that are borne. Several processes bear none: they may not learn
+        of a failure at the same step, and would not save the same one; whoever starts them again
+        makes them go on from the last checkpoint.
+    """
+
+    def __init__(
+        self, workdir: str, *, every: int, keep: int, retries: int = 0, retry_seconds: float = 1.0
+    ):
+        _silence_orbax()
+        self._workdir, self._every = workdir, every
+        self._retries = retries if jax.process_count() == 1 else 0
+        self._retry_seconds = retry_seconds
+        self._failures, self._again_at = 0, float("inf")
+        self._in_progress: int | None = None
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        )
+        with storage_faults(f"{workdir}: cannot open its checkpoints"):
+            self._manager = open_manager(workdir, options)
+        set_aside_damaged(self._manager, workdir, ITEMS)
+
+    def latest_step(self) -> int | None:
+        """Of the newest checkpoint, one being written included."""
+        return self._manager.latest_step()
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint of this step is wanted: on schedule, or in place of a failed one."""
+        return step % self._every == 0 or time.monotonic() >= self._again_at
+
+    def save(
+        self,
+        state: TrainState,
+        step: int,
+        *,
+        data: dict[str, Any],
+        meta: dict[str, Any],
+        wait: bool = False,
+    ) -> None:
+        """Saves this step unless that has been done, in the background or, with `wait`, now.
+
+        Raises:
+          UserError: storage failed, now or since the last call, and no retry is left.
+        """
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            optimizer=ocp.args.StandardSave({"opt_state": state.opt_state, "step": state.step}),
+            data=ocp.args.JsonSave(data),
+            meta=ocp.args.JsonSave(meta | integrity.MARK),
+        )
+        while True:
+            self._settle()  # what is still being written
+            if self.latest_step() == step:
+                return
+            try:
+                with storage_faults("cannot save"):
+                    self._manager.save(step, args=args, force=True)
+                self._in_progress = step
+            except UserError as error:
+                self._failed(step, error)
+            if wait:
+                self._settle()
+            if not wait or self.latest_step() == step:
+                return
+            time.sleep(max(0.0, self._again_at - time.monotonic()))
+
+    def check(self) -> None:
+        """Raises what a save in the background met, as soon as it has ended; never waits."""
+        if self._in_progress is not None and not self._manager.is_saving_in_progress():
+            self._settle()
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Restores the newest checkpoint as `abstract` describes it, and `data` as it was saved.
+
+        Raises:
+          UserError: when it does not fit, or storage fails.
+        """
+        step = self._manager.latest_step()
+        args = ocp.args.Composite(
+            params=ocp.args.StandardRestore(abstract.params),
+            optimizer=ocp.args.StandardRestore(
+                {"opt_state": abstract.opt_state, "step": abstract.step}
+            ),
+            data=ocp.args.JsonRestore(),
+        )
+        with storage_faults(f"{self._workdir}/{DIRECTORY}/{step} cannot be restored"):
+            restored = self._manager.restore(step, args=args)
+        state = TrainState(
+            step=restored.optimizer["step"],
+            params=restored.params,
+            opt_state=restored.optimizer["opt_state"],
+            refused=jax.device_put(
+                np.int32(restored.data.get("guard", {}).get("refused", 0)),
+                abstract.refused.sharding,
+            ),
+        )
+        return state, restored.data
+
+    def wait(self) -> None:
+        """Waits for a save in progress to be complete."""
+        self._settle()
+
+    def close(self) -> None:
+        self._settle()
+        with storage_faults(f"{self._workdir}: cannot close its checkpoints"):
+            self._manager.close()
+
+    def _settle(self) -> None:
+        """Waits for a save in progress, and takes note of how it ended."""
+        if self._in_progress is None:
+            return
+        step, self._in_progress = self._in_progress, None
+        try:
+            with storage_faults("cannot save"):
+                self._manager.wait_until_finished()
+        except UserError as error:
+            self._failed(step, error)
+        else:
+            self._failures, self._again_at = 0, float("inf")
+
+    def _failed(self, step: int, error: UserError) -> None:
+        self._failures += 1
+        with storage_faults(f"{self._workdir}: cannot save step {step}, nor read what is there"):
+            self._manager.reload()
+        last = self._manager.latest_step()
+        line = (
+            f"{self._workdir}: {error}: step {step}; the last checkpoint is "
+            f"{'from step ' + str(last) if last is not None else 'none'}"
+        )
+        if self._failures > self._retries:
+            raise UserError(line) from error
+        pause = self._retry_seconds * 2 ** (self._failures - 1)
+        self._again_at = time.monotonic() + pause
+        print(f"{line}; trying again in {pause:g} s", file=sys.stderr)
+
+
+def _silence_orbax() -> None:
+    """orbax logs every failure with its traceback, which we raise as one line."""
+    logger = logging.getLogger("absl")
+    if _is_ours not in logger.filters:
+        logger.addFilter(_is_ours)
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
