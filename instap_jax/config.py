@@ -275,8 +275,8 @@ def _compute() -> ConfigDict:
     # What the backward pass keeps of a block: 'none' (only its input), 'dots' (matmul outputs
     # without batch dimensions), 'all' (no rematerialisation).
     c.remat = "none"
-    # Compiled programs are kept here and found again by a later start, best on storage that all
-    # hosts share. Unset: what JAX_COMPILATION_CACHE_DIR says, else WORKDIR/xla_cache, on a CPU none.
+    # Where compiled programs are kept for later starts; storage that all hosts share is best.
+    # Unset: what JAX_COMPILATION_CACHE_DIR says, else WORKDIR/xla_cache, but on CPUs nowhere.
     c.cache_dir = placeholder(str)
     return c
 
