@@ -161,9 +161,7 @@ def open_loader(directory: Path, kind: str, clips: int, frames: int) -> Loader:
     config.data.workers = 0
     config.data.prefetch = 0
     config.tokenizer.path = str(directory / "t.model")
-    return make_loader(
-        config, kind=Kind.VIDEO, groups=1, group_size=clips, host_index=0, host_count=1
-    )
+    return make_loader(config, kind=Kind.VIDEO, groups=1, group_size=clips, rows=[0])
 
 
 def make_corpora(directory: Path, *, clips: int, size: tuple[int, int], seconds: int) -> None:

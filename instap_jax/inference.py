@@ -25,7 +25,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from instap_jax import config_check, sharding
-from instap_jax.config import default
 from instap_jax.data.tokenizer import load_tokenizer
 from instap_jax.errors import UserError
 from instap_jax.evaluation import aligned
@@ -60,7 +59,7 @@ def load(path: str | Path, *, dtype: str | None = None, batch_size: int = 32) ->
     config.compute.dtype = dtype or config.compute.dtype
     step, meta = checkpoint.read_meta(str(workdir))
     inputs.check_tokenizer(config, meta, str(workdir))
-    mesh = sharding.make_mesh(default().mesh)
+    mesh = sharding.mesh_of_all()
     create = OBJECTIVES["align"].create
     graphdef, params = load_model(config, create, str(workdir), mesh, step=step)
     return Model(config, mesh, graphdef, params, step=step, batch_size=batch_size)

@@ -21,8 +21,7 @@ flags.FLAGS.mark_as_parsed()
 from instap_jax.data import pipeline
 from instap_jax.types import Kind
 config = ConfigDict({config.to_dict()!r})
-loader = pipeline.make_loader(config, kind=Kind.VIDEO, groups=1, group_size=2, host_index=0,
-                              host_count=1)
+loader = pipeline.make_loader(config, kind=Kind.VIDEO, groups=1, group_size=2, rows=[0])
 print(next(loader)["frames"].shape)
 loader.close()
 """
@@ -40,8 +39,7 @@ from instap_jax.types import Kind
 
 def main(config):
     flags.FLAGS.mark_as_parsed()
-    loader = pipeline.make_loader(config, kind=Kind.VIDEO, groups=1, group_size=2, host_index=0,
-                                  host_count=1)
+    loader = pipeline.make_loader(config, kind=Kind.VIDEO, groups=1, group_size=2, rows=[0])
     print("starting", flush=True)
     with StopRequest() as stop:  # as training does: a bare KeyboardInterrupt may be lost
         while not stop:

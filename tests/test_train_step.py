@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from ml_collections import ConfigDict
 from runner import Runner, assert_close, batch_for
 from tiny import tiny_config
 
@@ -96,17 +95,6 @@ def test_batch_shape_and_its_error():
         batch_shape(config, mesh)
     config.data.update(batch_size=32, group_size=2)
     assert batch_shape(config, mesh) == (16, 2)
-
-
-def test_mesh_errors_name_the_fix():
-    with pytest.raises(UserError, match="there are 8; set one axis to -1"):
-        sharding.make_mesh(ConfigDict({"replica": 1, "fsdp": 3, "tensor": 1}))
-    config = tiny_config("stage1")
-    config.mesh.update(fsdp=1, tensor=8)
-    config.vision.update(width=36, heads=2, mlp_ratio=1.0)
-    mesh = sharding.make_mesh(config.mesh)
-    with jax.set_mesh(mesh), pytest.raises(UserError, match=r"choose a config\.mesh\.tensor"):
-        build_program(config, mesh)
 
 
 def test_kind_schedule_is_even_and_a_function_of_the_step():

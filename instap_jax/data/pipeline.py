@@ -2,8 +2,8 @@
 
 One stream of samples is defined by the configuration alone: every corpus reshuffled each epoch,
 repeated, and mixed by weight. Batch k is the samples [k * g * b, (k + 1) * g * b) of that stream,
-cut into g groups. A host takes its consecutive g / host_count groups, so that the global batch is
-the same, bit for bit, on any number of hosts and workers, and the position is one integer.
+cut into g groups. A host reads the groups that its devices hold, so that the global batch is the
+same, bit for bit, on any number of hosts and workers, and the position is one integer.
 
 grain's `ElasticIterator` promises the same, but it stacks finished elements into a batch (a second
 copy of all pixels), hands groups to hosts in turn (so that their order in the global batch depends
@@ -81,15 +81,15 @@ def make_loader(
     kind: Kind,
     groups: int,
     group_size: int,
-    host_index: int,
-    host_count: int,
+    rows: Sequence[int],
 ) -> "Loader":
     """Opens the corpora of `config.data` of one kind and returns their loader.
 
     Args:
       config: the resolved configuration.
-      groups: g of the global batch, a multiple of host_count.
+      groups: g of the global batch.
       group_size: b, samples of a group.
+      rows: numbers, within a batch, of the groups that this host reads.
 
     Raises:
       UserError: no corpus of this kind, one cannot be opened or is empty, no tokenizer.
@@ -98,8 +98,6 @@ def make_loader(
     corpora = parse_corpora(data[key])
     if not corpora:
         raise UserError(f"data.{key} names no corpus; set it to DIR:SPLIT of packed data")
-    if groups % host_count:
-        raise UserError(f"{groups} groups cannot be divided among {host_count} hosts")
     sources = [open_source(c.directory, c.split, kind) for c in corpora]
     for corpus, source in zip(corpora, sources):
         if not len(source):
@@ -122,8 +120,7 @@ def make_loader(
         samples=_mixed_samples(corpora, [len(s) for s in sources], config.seed, data.shuffle),
         builder=builder,
         groups=groups,
-        host_index=host_index,
-        host_count=host_count,
+        rows=rows,
         workers=data.workers,
         prefetch=data.prefetch,
     )
@@ -184,8 +181,12 @@ def _group(samples: Sequence[tuple[int, SampleRef]]) -> GroupRef:
     return GroupRef(first=samples[0][0], samples=[ref for _, ref in samples])
 
 
+def _take(groups: Sequence[GroupRef], rows: Sequence[int]) -> list[GroupRef]:
+    return [groups[row] for row in rows]
+
+
 class Loader:
-    """Endless iterator over this host's part of every batch: g / host_count groups.
+    """Endless iterator over this host's part of every batch: its `rows` of the g groups.
 
     `get_state` is the position after the batch that was last returned; a loader with the same
     configuration that is given it goes on with the next batch, whatever its number of hosts and
@@ -198,14 +199,13 @@ class Loader:
         samples: grain.MapDataset,
         builder: GroupBuilder,
         groups: int,
-        host_index: int,
-        host_count: int,
+        rows: Sequence[int],
         workers: int,
         prefetch: int,
     ):
         """Use `make_loader`. `samples` is the endless stream of `SampleRef`s."""
         self._samples, self._builder = samples.map_with_index(lambda i, ref: (i, ref)), builder
-        self._groups, self._host_index, self._host_count = groups, host_index, host_count
+        self._groups, self._rows = groups, tuple(int(row) for row in rows)
         self._workers, self._prefetch = workers, prefetch
         self._next_sample = 0
         self._iterator: grain.DatasetIterator | None = None
@@ -214,7 +214,7 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        """Returns the next batch, leading axis g / host_count."""
+        """Returns the next batch, leading axis len(rows)."""
         if self._iterator is None:
             batch = call_without_interrupts(self._first)
         else:
@@ -250,16 +250,15 @@ class Loader:
         return next(self._iterator)
 
     def _open(self) -> grain.DatasetIterator:
-        per_host = self._groups // self._host_count
+        mine = functools.partial(_take, rows=self._rows)
         dataset = (
             self._samples[self._next_sample :]
             .batch(self._builder.group_size, drop_remainder=True, batch_fn=_group)
-            .batch(per_host, drop_remainder=True, batch_fn=list)[
-                self._host_index :: self._host_count
-            ]
+            .batch(self._groups, drop_remainder=True, batch_fn=mine)
             .map(self._builder.build)
         )
-        return iterate(dataset, self._workers, self._prefetch, self._builder.shapes(per_host))
+        shapes = self._builder.shapes(len(self._rows))
+        return iterate(dataset, self._workers, self._prefetch, shapes)
 
 
 def iterate(

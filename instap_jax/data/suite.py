@@ -55,26 +55,26 @@ def read_suite(
     groups: int,
     group_size: int,
     workers: int,
-    host_index: int = 0,
-    host_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[SuiteBatch]:
     """Goes once through a split that is not empty, in order, every record read once.
 
     Frames are the middles of T = `frames` equal segments (1 for images), texts whole captions cut
     to `tokenizer.length`, and every instance is there: n is what the fullest group of the batch
     has. An instance that no chosen frame shows is present in the one nearest to its appearance.
-    A step is `groups` consecutive groups; a host takes its consecutive groups / host_count. What
-    is missing at the end is padded with samples of `sample_valid` False and `fault` 0.
+    A step is `groups` consecutive groups, of which a host takes its `rows`. What is missing at the
+    end is padded with samples of `sample_valid` False and `fault` 0.
 
     Args:
       config: of the run: canvas, tokenizer, buffering.
-      groups: of a step, over all hosts, a multiple of host_count.
+      groups: of a step, over all hosts.
       workers: processes that read and decode; 0: one thread.
+      rows: numbers, within a step, of the groups that this host reads; None: all.
 
     Raises:
       UserError: no tokenizer, or shared memory too small for the workers.
     """
-    mine = groups // host_count
+    mine = tuple(range(groups) if rows is None else map(int, rows))
     builder = GroupBuilder(
         sources=[source],
         tokenizer=open_tokenizer(config),
@@ -90,11 +90,11 @@ def read_suite(
         seed=0,
     )
     steps = math.ceil(len(source) / (groups * group_size))
-    read = _ReadStep(builder, len(source), groups, mine, host_index * mine)
+    read = _ReadStep(builder, len(source), groups, mine)
     dataset = grain.MapDataset.range(steps).map(read)
 
     def start():
-        shapes, prefetch = builder.shapes(mine), config.data.prefetch
+        shapes, prefetch = builder.shapes(len(mine)), config.data.prefetch
         iterator = iterate(dataset, min(workers, steps), prefetch, shapes)
         return iterator, next(iterator)
 
@@ -113,12 +113,11 @@ class _ReadStep:
     builder: GroupBuilder
     length: int
     groups: int
-    mine: int
-    first: int
+    mine: tuple[int, ...]
 
     def __call__(self, step: int) -> SuiteBatch:
         size, refs = self.builder.group_size, []
-        for group in range(self.first, self.first + self.mine):
+        for group in self.mine:
             start = (int(step) * self.groups + group) * size
             records = range(min(start, self.length), min(start + size, self.length))
             samples = [SampleRef(corpus=0, record=r, epoch=0, turn=r) for r in records]

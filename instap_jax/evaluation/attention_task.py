@@ -169,11 +169,8 @@ def _maps_of_batches(
     """What `make` returns of every batch, of its valid instances; 'records': samples in it."""
     encoder, options = context.encoder, context.options
     workers = encoder.config.data.workers if options.workers is None else options.workers
-    place = sharding.batch_sharding(encoder.mesh)
     for step in suite_batches(encoder, source, frames, options.batch_size, workers):
-        batch = {
-            name: jax.make_array_from_process_local_data(place, step.batch[name]) for name in _READ
-        }
+        batch = {name: sharding.place_rows(step.batch[name], encoder.mesh) for name in _READ}
         out = jax.device_get(make(encoder.params, batch))
         refuse_faults(out, source)
         valid, records = out.pop("valid"), out.pop("sample_valid").sum()

@@ -9,7 +9,6 @@ import jax
 from ml_collections import ConfigDict
 
 from instap_jax import config_check, sharding
-from instap_jax.config import default
 from instap_jax.data.pipeline import parse_corpora
 from instap_jax.errors import UserError
 from instap_jax.evaluation import protocols
@@ -89,7 +88,7 @@ class Context:
     def __init__(self, workdir: Path, suites: Sequence[Suite], options: Options):
         self.workdir, self.suites, self.options = Path(workdir), list(suites), options
         self.config: ConfigDict = config_check.read(self.workdir)
-        self.mesh: jax.sharding.Mesh = sharding.make_mesh(default().mesh)
+        self.mesh: jax.sharding.Mesh = sharding.mesh_of_all()
         shards = sharding.data_shards(self.mesh)
         if options.batch_size % shards:
             raise UserError(f"--batch_size must be a multiple of {shards} devices")

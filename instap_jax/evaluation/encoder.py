@@ -88,9 +88,8 @@ class Encoder:
 
     def put(self, batch: Batch) -> Batch:
         """This host's groups of a batch, on the mesh."""
-        place = sharding.batch_sharding(self.mesh)
         keys = {*SAMPLE_KEYS, *INSTANCE_KEYS, *PASSED_KEYS}
-        return {k: jax.make_array_from_process_local_data(place, batch[k]) for k in keys}
+        return {k: sharding.place_rows(batch[k], self.mesh) for k in keys}
 
     def tokenize(self, texts: Sequence[str]) -> np.ndarray:
         """int32 [n, s], cut to `tokenizer.length`."""

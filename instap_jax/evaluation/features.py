@@ -117,7 +117,7 @@ def embed_suite(
             for name in out.keys() - set(PASSED_KEYS) | {"parent"}:
                 rows = valid if name == "video" else out["instance_valid"]
                 found[name].append(out[name][rows])
-            facts += _of_all_hosts(step.facts)
+            facts += _of_all_hosts(step)
             progress.update(int(valid.sum()))
     arrays = {name: np.concatenate(parts) for name, parts in found.items()}
     features = SuiteFeatures(
@@ -147,8 +147,7 @@ def suite_batches(
         groups=shards,
         group_size=size,
         workers=workers,
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
+        rows=sharding.host_rows(encoder.mesh, shards),
     )
     for step in steps:
         most = step.batch["boxes"].shape[1]
@@ -167,16 +166,20 @@ def _parents(out: dict[str, np.ndarray], step: SuiteBatch, before: int) -> np.nd
     return before + group * size + out["parent"].astype(np.int64)
 
 
-def _of_all_hosts(facts: list[Facts]) -> list[Facts]:
-    """The facts of a step, in order of the hosts, on every host."""
+def _of_all_hosts(step: SuiteBatch) -> list[Facts]:
+    """The facts of a step, in order of the records, on every host."""
     if jax.process_count() == 1:
-        return facts
-    mine = np.frombuffer(pickle.dumps(facts), np.uint8)
+        return step.facts
+    records = step.batch["record"][step.batch["sample_valid"]].tolist()
+    mine = np.frombuffer(pickle.dumps(dict(zip(records, step.facts, strict=True))), np.uint8)
     sizes = np.ravel(multihost_utils.process_allgather(np.int64(len(mine))))
     padded = np.zeros(int(sizes.max()), np.uint8)
     padded[: len(mine)] = mine
     rows = multihost_utils.process_allgather(padded)
-    return [one for row, size in zip(rows, sizes) for one in pickle.loads(row[:size].tobytes())]
+    found: dict[int, Facts] = {}  # hosts that share a tensor axis have the same records
+    for row, size in zip(rows, sizes):
+        found |= pickle.loads(row[:size].tobytes())
+    return [found[record] for record in sorted(found)]
 
 
 def refuse_faults(out: dict[str, np.ndarray], source: RecordSource) -> None:
@@ -201,23 +204,23 @@ class _Kept:
     def add(self, tokens: jax.Array | None) -> None:
         if tokens is None or self._arrays is None:
             return
-        shards = sorted(tokens.addressable_shards, key=lambda shard: shard.index[0].start or 0)
-        mine = sum(shard.data.nbytes for shard in shards)
+        # One of each that devices of a tensor axis have alike.
+        shards = {shard.index[0].start or 0: shard.data for shard in tokens.addressable_shards}
+        mine = sum(data.nbytes for data in shards.values())
         batches = -(-self._records // len(tokens))
         if mine * batches > self._limit:
             self._arrays, self.wanted = None, False  # of no use in the next batches
             return
-        self._arrays.append(np.concatenate([np.asarray(shard.data) for shard in shards]))
+        self._arrays.append(np.concatenate([np.asarray(shards[start]) for start in sorted(shards)]))
 
     def blocks(self, batches: Callable[[], Iterator[SuiteBatch]]) -> Blocks | None:
         """How to go over the tokens: those kept, or all of them computed again."""
         if not self._asked:
             return None
-        place = sharding.batch_sharding(self._encoder.mesh)
 
         def kept() -> Iterator[jax.Array]:
             for array in self._arrays:
-                yield jax.make_array_from_process_local_data(place, array)
+                yield sharding.place_rows(array, self._encoder.mesh)
 
         def again() -> Iterator[jax.Array]:
             for step in batches():

@@ -52,7 +52,7 @@ def run_on_suite(
     if not len(source):
         raise UserError(f"{suite.directory}:{suite.split} has no {suite.kind} samples")
     groups = sharding.data_shards(context.mesh)
-    place, whole = sharding.batch_sharding(context.mesh), sharding.replicated(context.mesh)
+    whole = sharding.replicated(context.mesh)
 
     @jax.jit
     def step(params, batch: Batch) -> dict[str, jax.Array]:
@@ -68,14 +68,12 @@ def run_on_suite(
         groups=groups,
         group_size=options.batch_size // groups,
         workers=config.data.workers if options.workers is None else options.workers,
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
+        rows=sharding.host_rows(context.mesh, groups),
     )
     with Progress(f"measure {suite.split}", len(source)) as progress:
         for read in batches:
             batch = {
-                name: jax.make_array_from_process_local_data(place, array)
-                for name, array in read.batch.items()
+                name: sharding.place_rows(array, context.mesh) for name, array in read.batch.items()
             }
             out = jax.device_get(step(encoder.params["model"], batch))
             _refuse_faults(out, source, config)

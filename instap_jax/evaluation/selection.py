@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from instap_jax import config_check, sharding
-from instap_jax.config import default
 from instap_jax.data.records import open_source
 from instap_jax.data.suite import read_suite
 from instap_jax.errors import UserError
@@ -48,7 +47,7 @@ def rank_candidates(workdirs: Sequence[Path], suite: Suite, *, batch_size: int) 
     Raises:
       UserError: no runs, one that is not of stage 1, or runs whose losses cannot be compared.
     """
-    mesh = sharding.make_mesh(default().mesh)
+    mesh = sharding.mesh_of_all()
     if not workdirs:
         raise UserError("no candidates: give --runs=RUN,RUN,...")
     configs = [config_check.read(workdir) for workdir in workdirs]
@@ -100,7 +99,7 @@ def _measure(
         return stage.loss(config, model, teacher, batch, key)[0], batch["sample_valid"].sum()
 
     source = open_source(suite.directory, suite.split, suite.kind)
-    groups, place = sharding.data_shards(mesh), sharding.batch_sharding(mesh)
+    groups = sharding.data_shards(mesh)
     batches = read_suite(
         config,
         source,
@@ -108,17 +107,14 @@ def _measure(
         groups=groups,
         group_size=batch_size // groups,
         workers=config.data.workers,
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
+        rows=sharding.host_rows(mesh, groups),
     )
     losses, counts = [], []
     with Progress(f"loss of {workdir.name}", len(source)) as progress:
         for number, read in enumerate(batches):
             if read.batch["fault"].any():
                 raise UserError(f"{suite.split} holds samples that cannot be read")
-            batch = jax.tree.map(
-                lambda array: jax.make_array_from_process_local_data(place, array), read.batch
-            )
+            batch = jax.tree.map(lambda array: sharding.place_rows(array, mesh), read.batch)
             value, count = loss(params, frozen, batch, jax.random.key(number))
             losses.append(float(value))
             counts.append(int(count))
