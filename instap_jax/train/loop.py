@@ -28,6 +28,7 @@ from instap_jax.train.feed import Fed, Feed
 from instap_jax.train.guard import Alarm, Guard
 from instap_jax.train.initialise import initial_params
 from instap_jax.train.metrics import MetricWriter
+from instap_jax.train.profiling import Tracer, use_compile_cache
 from instap_jax.train.program import Program, build_program
 from instap_jax.train.saving import Checkpointer
 from instap_jax.train.selection import MakeValidate, Selection
@@ -58,6 +59,7 @@ def train(
       KeyboardInterrupt: when `stop` asked; a single process has saved the step it stopped after.
     """
     mesh = sharding.make_mesh(config.mesh)
+    use_compile_cache(config, workdir, mesh)
     with jax.set_mesh(mesh):
         program = build_program(config, mesh)
         checkpointer = Checkpointer(
@@ -136,14 +138,18 @@ class _Run:
 
     def steps(self, state: TrainState, frozen: nnx.State, start: int, last: int) -> TrainState:
         pending = None  # metrics are read one step late, so that the device never waits for us
-        with Progress(f"train {self._config.stage}", last - start, unit="steps") as progress:
+        label = f"train {self._config.stage}"
+        with (
+            Progress(label, last - start, unit="steps") as progress,
+            Tracer(self._config.log.profile, self._workdir) as tracer,
+        ):
             for step in range(start + 1, last + 1):
                 waited = time.perf_counter()
                 fed = next(self._feed)
                 self._clock.wait(time.perf_counter() - waited)
                 self._measure_flops(state, frozen, fed)
                 self._checkpointer.check()
-                state, metrics = self._program.step(state, frozen, fed.batch)
+                state, metrics = tracer.step(step, self._program.step, state, frozen, fed.batch)
                 if pending:
                     progress.update(note=self._finish(*pending, state))
                 pending = (step, metrics, fed)
