@@ -18,11 +18,11 @@ from instap_jax.data import captions, media, pipeline, records, schema
 from instap_jax.data.groups import GroupBuilder, GroupRef, SampleRef, Use
 from instap_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from instap_jax.errors import UserError
-from instap_jax.types import Kind, Record
+from instap_jax.types import Fault, Kind, Record
 
 # Inputs of each target in a whole run of a million, and roughly how many a core does in a second.
 SHARES = {
-    "annotation": 260_000,
+    "annotation": 250_000,
     "boxes": 200_000,
     "captions": 200_000,
     "sentencepiece": 120_000,
@@ -30,7 +30,7 @@ SHARES = {
     "corpora": 60_000,
     "record": 40_000,
     "run config": 14_000,
-    "overrides": 5_000,
+    "overrides": 15_000,
     "vocabulary": 1_000,
 }
 RATES = dict(zip(SHARES, (4000, 2000, 8000, 10000, 8000, 60000, 400, 200, 40, 100)))
@@ -372,7 +372,8 @@ class TargetRecord(Target):
         group = GroupRef(0, [SampleRef(corpus=0, record=0, epoch=3, turn=3)])
         for builder in self.builders:
             vars(builder.sources[0])["_data"] = [data]
-            batch = builder.build([group])
+            frames = np.full((1, 1, 2, 32, 32, 3), 7, np.uint8)
+            batch = builder.build([group], frames, lambda sample: Fault.NONE)
             valid = batch["sample_valid"] == (batch["fault"] == 0)
             assert valid.all() and batch["frames"].shape == (1, 1, 2, 32, 32, 3)
             assert batch["sample_valid"].all() or not batch["frames"].any()

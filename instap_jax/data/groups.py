@@ -1,16 +1,13 @@
 """From packed records to the arrays of `types.Batch`: decode, choose frames, tokenize, pack.
 
-Everything here runs in the input workers: NumPy only, no JAX. A batch is allocated once and every
-picture is written straight to its place in it.
+Everything here runs in the input workers: NumPy only, no JAX. Every picture is written straight to
+its place in the batch.
 """
 
 import dataclasses
 import enum
-import functools
-import sys
-import threading
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -146,17 +143,31 @@ class GroupBuilder:
         }
         return {name: ((groups, *shape), dtype) for name, (shape, dtype) in instance.items()}
 
-    def build(self, groups: Sequence[GroupRef]) -> Batch:
-        """Returns a batch [len(groups), ...]; an unreadable sample is zeros, with a fault."""
-        return self.build_with_records(groups)[0]
+    def build(
+        self, groups: Sequence[GroupRef], frames: np.ndarray, begin: Callable[[int], Fault]
+    ) -> Batch:
+        """Returns a batch [len(groups), ...]; an unreadable sample is zeros, with a fault.
 
-    def build_with_records(self, groups: Sequence[GroupRef]) -> tuple[Batch, list[Record]]:
+        Args:
+          frames: where the pixels go, whatever is in it; it becomes the batch's.
+          begin: called before each sample with its number in the batch, group by group. A fault
+            that it returns stands for the sample, which is then left alone.
+        """
+        return self.build_with_records(groups, frames, begin)[0]
+
+    def build_with_records(
+        self, groups: Sequence[GroupRef], frames: np.ndarray, begin: Callable[[int], Fault]
+    ) -> tuple[Batch, list[Record]]:
         """Returns also the records of the valid samples, in order, without their media."""
         specs = self._sample_shapes(len(groups))
         # The pixels are not zeroed: every picture writes its own place and the rest of its canvas.
-        pixels = self._memory.take(*specs.pop("frames"))
-        batch = {"frames": pixels} | {name: np.zeros(*spec) for name, spec in specs.items()}
-        reads = [self._fill(_of_group(batch, i), group) for i, group in enumerate(groups)]
+        if frames.shape != specs.pop("frames")[0]:
+            raise ValueError(f"frames of shape {frames.shape} for {len(groups)} groups")
+        batch = {"frames": frames} | {name: np.zeros(*spec) for name, spec in specs.items()}
+        reads = [
+            self._fill(_of_group(batch, i), group, i * self.group_size, begin)
+            for i, group in enumerate(groups)
+        ]
         counts = [sum(len(read.candidates) for read in group if read) for group in reads]
         budget = self.budget or max(1, *counts)
         shapes = self._instance_shapes(len(groups), budget)
@@ -166,21 +177,22 @@ class GroupBuilder:
             self._pack(_of_group(batch, i), reads[i], budget, rng)
         return batch, [read.record for group in reads for read in group if read]
 
-    @functools.cached_property
-    def _memory(self) -> "_Memory":
-        return _Memory()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-
-    def _fill(self, out: dict[str, np.ndarray], group: GroupRef) -> list[_Read | None]:
-        """Reads the samples of a group; None stands for one that could not be read."""
+    def _fill(
+        self,
+        out: dict[str, np.ndarray],
+        group: GroupRef,
+        first: int,
+        begin: Callable[[int], Fault],
+    ) -> list[_Read | None]:
+        """Reads the samples of a group, from number `first`; None: it could not be read."""
         reads: list[_Read | None] = []
         out["frames"][len(group.samples) :] = 0
         out["label"][...] = NO_LABEL
         for i, ref in enumerate(group.samples):
             out["corpus"][i], out["record"][i] = ref.corpus, ref.record
             try:
+                if fault := begin(first + i):
+                    raise _BadSample(fault)
                 read = self._read(ref, out["frames"][i])
             except _BadSample as bad:
                 out["fault"][i] = bad.fault
@@ -293,32 +305,6 @@ class GroupBuilder:
 def _of_group(batch: Batch, index: int) -> dict[str, np.ndarray]:
     """Views of the arrays of one group."""
     return {name: array[index, ...] for name, array in batch.items()}
-
-
-class _Memory:
-    """Hands out large arrays, again and again those that nobody holds any more.
-
-    A fresh block of more than 32 MB comes page by page from the kernel, which zeroes it: a tenth
-    of the time that decoding takes. An array is free when no view of it is left, which is when
-    CPython counts no reference but ours.
-    """
-
-    def __init__(self):
-        self._arrays: list[np.ndarray] = []
-        self._lock = threading.Lock()
-        # The same for what is read from the records, a megabyte a clip: freeing one block of just
-        # under 32 MB makes glibc keep smaller ones, instead of returning each to the kernel.
-        np.empty(31 << 20, np.uint8)
-
-    def take(self, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-        """Returns an array with whatever was in it."""
-        with self._lock:
-            for array in self._arrays:
-                # Held by the list, by the loop variable and by the call.
-                if array.shape == shape and array.dtype == dtype and sys.getrefcount(array) == 3:
-                    return array.view()
-            self._arrays.append(np.empty(shape, dtype))
-            return self._arrays[-1].view()
 
 
 def fitting_size(height: int, width: int, canvas: tuple[int, int]) -> tuple[int, int]:

@@ -6,32 +6,25 @@ cut into g groups. A host reads the groups that its devices hold, so that the gl
 same, bit for bit, on any number of hosts and workers, and the position is one integer.
 
 grain's `ElasticIterator` promises the same, but it stacks finished elements into a batch (a second
-copy of all pixels), hands groups to hosts in turn (so that their order in the global batch depends
-on the number of hosts) and has no hook for starting workers. Slicing the stream before anything is
-decoded needs none of that.
+copy of all pixels) and hands groups to hosts in turn (so that their order in the global batch
+depends on the number of hosts). Slicing the stream before anything is decoded needs none of that.
+The reading itself is `reading.Reader`'s, which can replace a worker that hangs or dies.
 """
 
 import collections
 import dataclasses
 import functools
 import math
-import multiprocessing
-import os
 import re
-import shutil
-import signal
-import threading
-from collections.abc import Mapping, Sequence
-from concurrent import futures
-from multiprocessing import connection, resource_tracker
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
-import grain.experimental
 import numpy as np
 from ml_collections import ConfigDict
 
 from instap_jax.data.groups import GroupBuilder, GroupRef, SampleRef, Use
+from instap_jax.data.reading import Reader
 from instap_jax.data.records import RecordSource, open_source
 from instap_jax.data.tokenizer import Tokenizer, check_ids, check_vocab_size, load_tokenizer
 from instap_jax.errors import UserError
@@ -40,7 +33,6 @@ from instap_jax.types import Batch, Fault, Kind
 # Stages whose loss reads no text: they run without a tokenizer.
 _STAGES_WITHOUT_TEXT = ("distill", "classify")
 _SHUFFLE = 2  # tag of the random stream; `groups` has the others
-_SHARED_MEMORY = "/dev/shm"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +115,7 @@ def make_loader(
         rows=rows,
         workers=data.workers,
         prefetch=data.prefetch,
+        timeout=data.decode_timeout,
     )
 
 
@@ -177,14 +170,6 @@ def _order(seed: int, corpus: int, epoch: int, length: int) -> np.ndarray:
     return rng.permutation(np.arange(length, dtype=np.uint32))
 
 
-def _group(samples: Sequence[tuple[int, SampleRef]]) -> GroupRef:
-    return GroupRef(first=samples[0][0], samples=[ref for _, ref in samples])
-
-
-def _take(groups: Sequence[GroupRef], rows: Sequence[int]) -> list[GroupRef]:
-    return [groups[row] for row in rows]
-
-
 class Loader:
     """Endless iterator over this host's part of every batch: its `rows` of the g groups.
 
@@ -202,23 +187,25 @@ class Loader:
         rows: Sequence[int],
         workers: int,
         prefetch: int,
+        timeout: float,
     ):
         """Use `make_loader`. `samples` is the endless stream of `SampleRef`s."""
-        self._samples, self._builder = samples.map_with_index(lambda i, ref: (i, ref)), builder
+        self._samples, self._builder = samples, builder
         self._groups, self._rows = groups, tuple(int(row) for row in rows)
-        self._workers, self._prefetch = workers, prefetch
+        self._reading = {"workers": workers, "prefetch": prefetch, "timeout": timeout}
         self._next_sample = 0
-        self._iterator: grain.DatasetIterator | None = None
+        self._reader: Reader | None = None
 
     def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> Batch:
         """Returns the next batch, leading axis len(rows)."""
-        if self._iterator is None:
-            batch = call_without_interrupts(self._first)
-        else:
-            batch = next(self._iterator)
+        if self._reader is None:
+            shape, _ = self._builder.shapes(len(self._rows))["frames"]
+            tasks = self._tasks(self._next_sample)
+            self._reader = Reader(self._builder.build, tasks, shape=shape, **self._reading)
+        batch = next(self._reader)
         self._next_sample += self._groups * self._builder.group_size
         return batch
 
@@ -233,9 +220,9 @@ class Loader:
 
     def close(self) -> None:
         """Stops the workers. The loader can go on afterwards: it starts new ones."""
-        if self._iterator is not None:
-            self._iterator.close()
-            self._iterator = None
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
 
     def sample_id(self, corpus: int, record: int) -> str:
         """Returns the id of the sample that `Batch.corpus` and `Batch.record` name."""
@@ -245,90 +232,16 @@ class Loader:
         """Says which sample has a label that is no class, in one line."""
         return unknown_label(self._builder.sources[corpus], record, self._builder.classes)
 
-    def _first(self) -> Batch:
-        self._iterator = self._open()
-        return next(self._iterator)
-
-    def _open(self) -> grain.DatasetIterator:
-        mine = functools.partial(_take, rows=self._rows)
-        dataset = (
-            self._samples[self._next_sample :]
-            .batch(self._builder.group_size, drop_remainder=True, batch_fn=_group)
-            .batch(self._groups, drop_remainder=True, batch_fn=mine)
-            .map(self._builder.build)
-        )
-        shapes = self._builder.shapes(len(self._rows))
-        return iterate(dataset, self._workers, self._prefetch, shapes)
-
-
-def iterate(
-    dataset: grain.MapDataset, workers: int, prefetch: int, shapes: Mapping[str, tuple]
-) -> grain.DatasetIterator:
-    """Iterates over a dataset of batches, ahead of the consumer, in order; close it when done.
-
-    Args:
-      workers: processes; 0: one thread of this process.
-      prefetch: batches buffered per worker.
-      shapes: name -> (shape, dtype) of a batch's arrays, for the shared memory they need.
-
-    Raises:
-      UserError: shared memory is too small for that many workers.
-    """
-    if not workers:
-        # One thread, so that the next batch is read while the step runs.
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
-        return iter(dataset.to_iter_dataset(options))
-    _check_shared_memory(workers, prefetch, shapes)
-    reading = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    # Only the pixels travel in shared memory; a file for every small array costs more.
-    options = grain.experimental.DatasetOptions(min_shm_size=1 << 16)
-    processes = grain.MultiprocessingOptions(
-        num_workers=workers, per_worker_buffer_size=max(1, prefetch)
-    )
-    dataset = grain.experimental.WithOptionsIterDataset(reading, options)
-    return iter(dataset.mp_prefetch(processes, worker_init_fn=_enter_worker))
-
-
-def _check_shared_memory(workers: int, prefetch: int, shapes: Mapping[str, tuple]) -> None:
-    """Batches come from the workers through shared memory; a full one kills them unasked."""
-    if not os.path.isdir(_SHARED_MEMORY):
-        return
-    batch = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())
-    needed = batch * workers * (max(1, prefetch) + 1)
-    free = shutil.disk_usage(_SHARED_MEMORY).free
-    if needed > free:
-        raise UserError(
-            f"{workers} data workers with data.prefetch={prefetch} need "
-            f"{needed / 1e9:.1f} GB of {_SHARED_MEMORY}, which has {free / 1e9:.1f} GB free; "
-            "lower data.workers or data.prefetch, or mount it larger"
-        )
-
-
-def call_without_interrupts(call):
-    """Runs `call` in a thread in which Ctrl-C is blocked, and waits for it.
-
-    Worker processes start inside the call and inherit the block: a Ctrl-C, which the terminal
-    sends to every process, is then answered by the main process alone, from the first moment on.
-    The main thread stays interruptible.
-    """
-    resource_tracker.ensure_running()  # else it would unblock the signal in our thread again
-    block = functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGINT})
-    thread = futures.ThreadPoolExecutor(1, initializer=block)
-    try:
-        return thread.submit(call).result()
-    finally:
-        thread.shutdown(wait=False)
-
-
-def _enter_worker(index: int, count: int) -> None:
-    """Runs in a worker process before anything else: it must not outlive the main process."""
-    del index, count
-
-    def watch() -> None:
-        connection.wait([multiprocessing.parent_process().sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    def _tasks(self, first: int) -> Iterator[list[GroupRef]]:
+        """This host's groups of every batch, from sample number `first` on."""
+        size = self._builder.group_size
+        while True:
+            starts = [first + row * size for row in self._rows]
+            yield [
+                GroupRef(first=start, samples=[self._samples[start + i] for i in range(size)])
+                for start in starts
+            ]
+            first += self._groups * size
 
 
 class FaultMonitor:

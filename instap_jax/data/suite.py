@@ -1,16 +1,17 @@
 """A split read once, whole and in order, for evaluation. NumPy only, no JAX."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import grain
 import numpy as np
 from ml_collections import ConfigDict
 
 from instap_jax.data.groups import GroupBuilder, GroupRef, SampleRef, Use
-from instap_jax.data.pipeline import call_without_interrupts, iterate, open_tokenizer
+from instap_jax.data.pipeline import open_tokenizer
+from instap_jax.data.reading import Begin, Reader
 from instap_jax.data.records import RecordSource
 from instap_jax.types import Batch, Kind, Record
 
@@ -72,7 +73,7 @@ def read_suite(
       rows: numbers, within a step, of the groups that this host reads; None: all.
 
     Raises:
-      UserError: no tokenizer, or shared memory too small for the workers.
+      UserError: no tokenizer.
     """
     mine = tuple(range(groups) if rows is None else map(int, rows))
     builder = GroupBuilder(
@@ -90,40 +91,43 @@ def read_suite(
         seed=0,
     )
     steps = math.ceil(len(source) / (groups * group_size))
-    read = _ReadStep(builder, len(source), groups, mine)
-    dataset = grain.MapDataset.range(steps).map(read)
+    reader = Reader(
+        _ReadStep(builder),
+        _tasks(len(source), steps, groups, group_size, mine),
+        shape=builder.shapes(len(mine))["frames"][0],
+        workers=min(workers, steps),
+        prefetch=config.data.prefetch,
+        timeout=config.data.decode_timeout,
+    )
+    with contextlib.closing(reader):
+        for batch in reader:
+            facts = batch.pop("facts")
+            yield SuiteBatch(batch, facts)
 
-    def start():
-        shapes, prefetch = builder.shapes(len(mine)), config.data.prefetch
-        iterator = iterate(dataset, min(workers, steps), prefetch, shapes)
-        return iterator, next(iterator)
 
-    iterator, first = call_without_interrupts(start)
-    try:
-        yield first
-        yield from iterator
-    finally:
-        iterator.close()
+def _tasks(
+    length: int, steps: int, groups: int, size: int, mine: Sequence[int]
+) -> Iterator[list[GroupRef]]:
+    """This host's groups of every step."""
+    for step in range(steps):
+        refs = []
+        for group in mine:
+            start = (step * groups + group) * size
+            records = range(min(start, length), min(start + size, length))
+            samples = [SampleRef(corpus=0, record=r, epoch=0, turn=r) for r in records]
+            refs.append(GroupRef(first=start, samples=samples))
+        yield refs
 
 
 @dataclasses.dataclass(frozen=True)
 class _ReadStep:
-    """Number of a step -> this host's part of it; runs in the workers."""
+    """Reads a step's groups, and beside the arrays the facts; runs in the workers."""
 
     builder: GroupBuilder
-    length: int
-    groups: int
-    mine: tuple[int, ...]
 
-    def __call__(self, step: int) -> SuiteBatch:
-        size, refs = self.builder.group_size, []
-        for group in self.mine:
-            start = (int(step) * self.groups + group) * size
-            records = range(min(start, self.length), min(start + size, self.length))
-            samples = [SampleRef(corpus=0, record=r, epoch=0, turn=r) for r in records]
-            refs.append(GroupRef(first=start, samples=samples))
-        batch, records = self.builder.build_with_records(refs)
-        return SuiteBatch(batch, [_facts(record) for record in records])
+    def __call__(self, groups: Sequence[GroupRef], frames: np.ndarray, begin: Begin) -> dict:
+        batch, records = self.builder.build_with_records(groups, frames, begin)
+        return batch | {"facts": [_facts(record) for record in records]}
 
 
 def pad_instances(batch: Batch, budget: int) -> Batch:

@@ -1,13 +1,11 @@
 """Shards in parallel: a pool of processes that can be stopped and that never outlives its owner."""
 
 import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent import futures
-from multiprocessing import connection
 
+from instap_jax.data.processes import exit_with_parent
 from instap_jax.data.shard import Task, write_shard
 from instap_jax.progress import Progress
 
@@ -101,13 +99,7 @@ def _enter(link: _Link) -> None:
     link.enter()
     # Ctrl-C reaches the whole process group; the main process tells the workers to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-
-
-def _die_with_parent() -> None:
-    """Ends this worker when the main process is gone, even if it was killed outright."""
-    connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
+    exit_with_parent()
 
 
 def _work(task: Task) -> dict:
