@@ -91,6 +91,8 @@ def parse_flags(values: flags.FlagValues) -> None:
         raise UserError(_unknown_key(error)) from error
     except (flags.Error, TypeError, ValueError, OSError) as error:
         raise UserError(_flag_fault(error)) from error
+    except RecursionError as error:  # absl looks for a similar name, letter by letter
+        raise UserError("a flag's name is too long to be one; `--help` lists them") from error
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; flags look like --name=value")
 
