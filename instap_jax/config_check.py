@@ -71,6 +71,7 @@ POSITIVE = (
     "contrastive.temperature",
     "checkpoint.every",
     "checkpoint.keep",
+    "guard.spike_window",
     "distributed.initialization_timeout",
     "distributed.heartbeat_timeout",
     "mesh.slices",

@@ -29,6 +29,7 @@ VERBS = {
     "tokenizer": "train a sentencepiece vocabulary on an annotation file",
     "train": "train any stage",
     "compile": "compile a stage for TPU pods without one: memory, traffic, estimated time",
+    "replay": "the step that stopped a run by a NaN or inf, computed again part by part",
     "evaluate": "measure a trained model; write JSON",
     "ablate": "train and evaluate a table of configurations over seeds; write it with intervals",
     "convert": "weights of CLIP, BERT and UMT in; PyTorch and UMT out",

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from instap_jax.errors import UserError
 from instap_jax.train import checkpoint, inputs
 from instap_jax.train.objectives import Objective
+from instap_jax.train.program import Program
 
 
 def initial_params(
@@ -49,6 +50,26 @@ def initial_params(
     for name in params:
         print(f"init {name}: {_size(abstract[name])}, {origins.get(name, 'fresh')}")
     return nnx.State(params)
+
+
+def load_frozen(config: ConfigDict, program: Program) -> nnx.State:
+    """Parameters of the frozen model, from `config.teacher.checkpoint`; nothing where none is.
+
+    Raises:
+      UserError: it is not set, not there, damaged, or does not fit.
+    """
+    if not jax.tree.leaves(program.frozen_abstract):
+        return program.frozen_abstract
+    if not config.teacher.checkpoint:
+        raise UserError(
+            f"stage {config.stage!r} needs a teacher: set config.teacher.checkpoint to the "
+            "workdir of a 'teacher' run, or to what `instap convert --from=clip` wrote"
+        )
+    return checkpoint.read_params(
+        config.teacher.checkpoint,
+        program.frozen_abstract,
+        select=program.objective.frozen_path,
+    )
 
 
 def _modules(

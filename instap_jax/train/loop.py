@@ -26,7 +26,7 @@ from instap_jax.train import checkpoint, dump, flops, inputs
 from instap_jax.train.clock import StepClock
 from instap_jax.train.feed import Fed, Feed
 from instap_jax.train.guard import Alarm, Guard
-from instap_jax.train.initialise import initial_params
+from instap_jax.train.initialise import initial_params, load_frozen
 from instap_jax.train.metrics import MetricWriter
 from instap_jax.train.profiling import Tracer, use_compile_cache
 from instap_jax.train.program import Program, build_program
@@ -90,7 +90,7 @@ def _run(
     stop: StopRequest,
     selection: Selection,
 ) -> TrainState:
-    frozen = _load_frozen(config, program)
+    frozen = load_frozen(config, program)
     state, kept = _start(config, workdir, program, checkpointer)
     start = int(state.step)
     last = min(config.steps, config.stop_at or config.steps)
@@ -260,21 +260,6 @@ def _start(config, workdir: Path, program: Program, checkpointer) -> tuple[Train
         params = initial_params(config, program.objective, program.abstract.params, state.params)
         state = dataclasses.replace(state, params=params)
     return state, None
-
-
-def _load_frozen(config: ConfigDict, program: Program) -> nnx.State:
-    if not jax.tree.leaves(program.frozen_abstract):
-        return program.frozen_abstract
-    if not config.teacher.checkpoint:
-        raise UserError(
-            f"stage {config.stage!r} needs a teacher: set config.teacher.checkpoint to the "
-            "workdir of a 'teacher' run, or to what `instap convert --from=clip` wrote"
-        )
-    return checkpoint.read_params(
-        config.teacher.checkpoint,
-        program.frozen_abstract,
-        select=program.objective.frozen_path,
-    )
 
 
 def _some(names: list[str], shown: int = 8) -> str:

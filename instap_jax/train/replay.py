@@ -1,0 +1,207 @@
+"""A step that a run could not take, computed again part by part: what is not finite, and by whom.
+
+The batch and the state before the step come from the run's dump (`train/dump.py`), the randomness
+from the step's number, so any number of devices computes the same step.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from instap_jax import config_check, sharding
+from instap_jax.data.pipeline import parse_corpora
+from instap_jax.data.records import open_source
+from instap_jax.errors import UserError
+from instap_jax.train import dump
+from instap_jax.train.feed import kind_of_step
+from instap_jax.train.initialise import load_frozen
+from instap_jax.train.optimizer import make_optimizer
+from instap_jax.train.program import Program, build_program
+from instap_jax.train.step import make_gradient
+from instap_jax.types import Batch, Kind
+
+SHOWN = 8  # samples and arrays that are named
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Replay:
+    """What a step comes to.
+
+    Attributes:
+      step: its number, from 1.
+      devices: that computed it.
+      terms: loss, its terms and the norms of gradient and update.
+      params, gradient, update: name of every array with elements that are not finite -> (how many,
+        of how many), before, in and after the step.
+      samples: ids of samples that alone, without the others, give a loss or gradient that is not
+        finite; several in one tuple do so only together. At most `SHOWN`; () where the samples
+        are not to blame.
+      origin: where the first such number arises, where that was asked for and is known.
+    """
+
+    step: int
+    devices: int
+    terms: dict[str, float]
+    params: dict[str, tuple[int, int]]
+    gradient: dict[str, tuple[int, int]]
+    update: dict[str, tuple[int, int]]
+    samples: tuple[tuple[str, ...], ...]
+    origin: str | None = None
+
+
+def replay(workdir: Path, step: int, *, trace: bool = False) -> Replay:
+    """Computes the dumped step of a run again, on as many of the devices as divide its groups.
+
+    Args:
+      trace: also find the operation (jax_debug_nans: op by op, slowly).
+
+    Raises:
+      UserError: no such run or dump, it is damaged, or the teacher is not there.
+    """
+    config = config_check.read(workdir)
+    dump.read_meta(workdir, step)  # its checksums
+    shapes = dump.batch_shapes(workdir, step)
+    mesh, program = _fitting(config, shapes["sample_valid"].shape[0])
+    with jax.set_mesh(mesh):
+        where = sharding.batch_sharding(mesh)
+        places = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+            for name, leaf in shapes.items()
+        }
+        loaded = dump.read(workdir, step, program.abstract, places)
+        frozen = load_frozen(config, program)
+        gradient = make_gradient(
+            config, program.objective, program.graphdef, program.frozen_graphdef
+        )
+        compute = jax.jit(lambda params, batch: gradient(params, frozen, batch, step - 1))
+        loss, terms, grads = compute(loaded.params, loaded.batch)
+        updates, _ = jax.jit(make_optimizer(config).update)(grads, loaded.opt_state, loaded.params)
+        norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
+        params = _not_finite(loaded.params)
+        samples: tuple[tuple[str, ...], ...] = ()
+        origin = None
+        if not params and not bool(_is_finite(loss, grads)):
+            samples = _blamed(config, compute, loaded.params, loaded.batch, step)
+            origin = _origin(compute, loaded.params, loaded.batch) if trace else None
+        return Replay(
+            step=step,
+            devices=mesh.size,
+            terms={"loss": float(loss)} | {k: float(v) for k, v in (terms | norms).items()},
+            params=params,
+            gradient=_not_finite(grads),
+            update=_not_finite(updates),
+            samples=samples,
+            origin=origin,
+        )
+
+
+def _fitting(config: ConfigDict, groups: int) -> tuple[Mesh, Program]:
+    """The stage on the most devices that its groups and parameters can be divided among."""
+    parts = groups // config.optimizer.accumulate
+    config.mesh.update(replica=1, fsdp=-1, tensor=1, slices=1)
+    for count in range(len(jax.devices()), 0, -1):
+        if parts % count:
+            continue
+        mesh = sharding.make_mesh(config.mesh, jax.devices()[:count])
+        try:
+            with jax.set_mesh(mesh):
+                return mesh, build_program(config, mesh)
+        except UserError:
+            if count == 1:
+                raise
+    raise AssertionError("one device always divides")
+
+
+@jax.jit
+def _is_finite(loss: jax.Array, grads) -> jax.Array:
+    return jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+
+
+def _not_finite(tree) -> dict[str, tuple[int, int]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    counts = jax.jit(lambda arrays: [jnp.sum(~jnp.isfinite(a)) for a in arrays])(
+        [leaf for _, leaf in leaves]
+    )
+    return {
+        jax.tree_util.keystr(path): (int(count), leaf.size)
+        for (path, leaf), count in zip(leaves, counts, strict=True)
+        if int(count)
+    }
+
+
+def _blamed(
+    config: ConfigDict, compute: Callable, params, batch: Batch, step: int
+) -> tuple[tuple[str, ...], ...]:
+    """Ids of the smallest sets of samples found by halving that are not finite by themselves."""
+    valid = np.asarray(jax.device_get(batch["sample_valid"]))
+
+    def is_bad(places: Sequence[int]) -> bool:
+        only = np.zeros(valid.size, bool)
+        only[list(places)] = True
+        part = batch | {
+            "sample_valid": jax.device_put(
+                only.reshape(valid.shape) & valid, batch["sample_valid"].sharding
+            )
+        }
+        loss, _, grads = compute(params, part)
+        return not bool(_is_finite(loss, grads))
+
+    name = _names(config, batch, kind_of_step(config, step - 1))
+    found = []
+    for places in smallest(is_bad, list(np.flatnonzero(valid))):
+        found.append(tuple(name(place) for place in places[:SHOWN]))
+        if len(found) == SHOWN:
+            break
+    return tuple(found)
+
+
+def smallest(is_bad: Callable[[Sequence[int]], bool], places: list[int]) -> Iterator[list[int]]:
+    """Yields the bad sets, halved as long as a half is bad by itself."""
+    if not places or not is_bad(places):
+        return
+    half = len(places) // 2
+    parts = (places[:half], places[half:]) if half else ()
+    innocent = True
+    for part in parts:
+        for found in smallest(is_bad, part):
+            innocent = False
+            yield found
+    if innocent:
+        yield places
+
+
+def _names(config: ConfigDict, batch: Batch, kind: Kind) -> Callable[[int], str]:
+    corpora = parse_corpora(config.data.videos if kind is Kind.VIDEO else config.data.images)
+    places = [np.asarray(jax.device_get(batch[name])).reshape(-1) for name in ("corpus", "record")]
+
+    def name(place: int) -> str:
+        corpus, record = (int(column[place]) for column in places)
+        one = corpora[corpus]
+        try:
+            return open_source(one.directory, one.split, kind).record_id(record)
+        except UserError:  # the data are no longer there
+            return f"{one.directory}:{one.split} record {record}"
+
+    return name
+
+
+def _origin(compute: Callable, params, batch: Batch) -> str | None:
+    """The line of the program and the operation that first give a NaN; an inf is not searched."""
+    try:
+        with jax.debug_nans(True):
+            jax.block_until_ready(compute(params, batch))
+    except FloatingPointError as error:
+        frame, trace = None, error.__traceback__
+        while trace:
+            if "instap_jax" in trace.tb_frame.f_code.co_filename:
+                frame = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
+            trace = trace.tb_next
+        return f"{str(error).splitlines()[0]} ({frame})"
+    return None
