@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from instap_jax.aot import hlo, topology
+from instap_jax.aot import hlo, kernels, topology
 from instap_jax.aot.lowering import LoweredStep
 from instap_jax.train.flops import peak_flops
 
@@ -36,8 +36,7 @@ class StepFigures:
       model_flops, executed_flops: a chip's share, see `LoweredStep`.
       collectives: traffic by kind, axes and network, bytes a chip receives in a step.
       cycles: the compiler's estimate of all but collectives and kernels; 0 where it gave none.
-      kernels: Pallas calls by name, with how often each runs in a step.
-      kernel_flops: of the kernels, as they declare them.
+      kernels: Pallas calls (`kernels.KernelCall`): cycles of one at most, and how often it runs.
       seconds: of compilation. rss: largest resident memory of this process so far, bytes.
     """
 
@@ -53,8 +52,7 @@ class StepFigures:
     executed_flops: float
     collectives: list[dict[str, Any]]
     cycles: int
-    kernels: dict[str, int]
-    kernel_flops: float
+    kernels: list[dict[str, Any]]
     peak_flops: float
     clock: float
     ici: float
@@ -74,8 +72,12 @@ class StepFigures:
 
     @property
     def compute_time(self) -> float:
-        """Seconds: the compiler's cycles, and kernels at the chip's peak."""
-        return self.cycles / self.clock + self.kernel_flops / self.peak_flops
+        """Seconds: the compiler's cycles, and those of the kernels at most."""
+        return (self.cycles + self.kernel_cycles) / self.clock
+
+    @property
+    def kernel_cycles(self) -> int:
+        return sum(kernel["times"] * kernel["cycles"] for kernel in self.kernels)
 
     @property
     def ici_time(self) -> float:
@@ -113,7 +115,7 @@ def _fingerprint(step: LoweredStep, where: topology.Topology) -> str:
 
 def _measure(step: LoweredStep, where: topology.Topology) -> StepFigures:
     start = time.perf_counter()
-    facts = {"fits": True, "collectives": [], "cycles": 0, "kernels": {}, "kernel_flops": 0.0}
+    facts = {"fits": True, "collectives": [], "cycles": 0, "kernels": []}
     # We count on its directory for the report of buffers, and for a text of last resort.
     with tempfile.TemporaryDirectory(prefix="instap-compile-") as dump:
         options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
@@ -126,6 +128,9 @@ def _measure(step: LoweredStep, where: topology.Topology) -> StepFigures:
         seconds = time.perf_counter() - start
         if facts["fits"]:
             facts |= _program_facts(_text(compiled, dump), step.mesh, where)
+            facts["kernels"] = [
+                dataclasses.asdict(call) for call in kernels.measure(step.jaxpr, where)
+            ]
         largest = largest_buffers(_read(dump, "*memory-usage-report.txt"))
     return StepFigures(
         kind=str(step.kind),
@@ -201,12 +206,9 @@ def _program_facts(text: str, mesh: jax.sharding.Mesh, where: topology.Topology)
         )
         entry["bytes"] += one.bytes
         entry["times"] += one.times
-    kernels, kernel_flops = hlo.kernels(visits)
     return {
         "collectives": sorted(total.values(), key=lambda c: -c["bytes"]),
         "cycles": hlo.cycles(visits),
-        "kernels": kernels,
-        "kernel_flops": kernel_flops,
     }
 
 

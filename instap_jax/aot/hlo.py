@@ -338,17 +338,3 @@ def _varying(members: np.ndarray | None, shape: dict[str, int]) -> str:
     places = np.stack(np.unravel_index(members, tuple(shape.values())), -1)
     differ = (places != places[:, :1]).any(axis=(0, 1))
     return "+".join(name for name, yes in zip(shape, differ) if yes) or "-"
-
-
-def kernels(visits: list[Visit]) -> tuple[dict[str, int], float]:
-    """Pallas calls by name -> how often they run, and the FLOPs that they declare, all together."""
-    names: dict[str, int] = {}
-    total = 0.0
-    for visit in visits:
-        rest = visit.instruction.rest
-        if visit.instruction.opcode == "custom-call" and '"tpu_custom_call"' in rest:
-            name = re.sub(r"[.\d]+$", "", visit.instruction.name)
-            names[name] = names.get(name, 0) + visit.times
-            flops = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', rest)
-            total += visit.times * int(flops[1]) if flops else 0
-    return names, total

@@ -6,6 +6,7 @@ import time
 
 import jax
 import numpy as np
+from jax.extend import core
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -32,6 +33,7 @@ class LoweredStep:
 
     kind: Kind
     mesh: Mesh
+    jaxpr: core.Jaxpr
     lowered: jax.stages.Lowered
     argument_bytes: dict[str, int]
     samples: int
@@ -59,11 +61,12 @@ def lower(config: ConfigDict, topology: tpu.Topology, kind: Kind) -> LoweredStep
         program = build_program(config, mesh)
         batch = abstract_batch(config, mesh, kind)
         args = (program.abstract, program.frozen_abstract, batch)
-        lowered = program.step.trace(*args).lower(lowering_platforms=("tpu",))
+        traced = program.step.trace(*args)
         return LoweredStep(
             kind=kind,
             mesh=mesh,
-            lowered=lowered,
+            jaxpr=traced.jaxpr.jaxpr,
+            lowered=traced.lower(lowering_platforms=("tpu",)),
             argument_bytes=_argument_bytes(program, batch),
             samples=math.prod(batch["sample_valid"].shape),
             model_flops=_model_flops(config, mesh, batch),

@@ -12,7 +12,7 @@ from instap_jax.aot.topology import Topology
 _GIB = 1 << 30
 LEFT_OUT = (
     "times are the TPU compiler's estimate (its cycles / the clock), not a measurement: without "
-    "collectives, transfers and waiting; Pallas kernels counted at the chip's peak"
+    "collectives, transfers and waiting; of Pallas kernels an upper bound"
 )
 
 
@@ -32,6 +32,7 @@ def _derived(one: StepFigures) -> dict[str, Any]:
         "spare": one.spare,
         "ici_bytes": one.traffic("ICI"),
         "dcn_bytes": one.traffic("DCN"),
+        "kernel_seconds": one.kernel_cycles / one.clock,
         "compute_seconds": one.compute_time if one.cycles else None,
         "ici_seconds": one.ici_time,
         "utilisation_hidden": one.utilisation(hidden=True),
@@ -89,11 +90,17 @@ def _program_rows(one: StepFigures) -> list[tuple[str, str]]:
         )
         for number, c in enumerate(one.collectives)
     ]
-    if one.kernels:
-        names = ", ".join(f"{name} x {times}" for name, times in one.kernels.items())
-        rows.append(("kernels", f"{one.kernel_flops:.4g} FLOPs declared: {names}"))
+    milliseconds = 1e3 / one.clock
+    for kernel in one.kernels:
+        each = milliseconds * kernel["cycles"]
+        name = f"{kernel['name']}, grid {'x'.join(map(str, kernel['grid']))}"
+        rows.append(("kernel", f"{kernel['times']} x {each:,.2f} ms at most: {name}"))
     compute, ici = 1e3 * one.compute_time, 1e3 * one.ici_time
-    rows.append(("time", f"{compute:,.1f} ms; ICI at least {ici:,.1f} ms, hidden or not"))
+    kernel = milliseconds * one.kernel_cycles
+    of_kernels = f", kernels {kernel:,.1f} of it" if one.kernels else ""
+    rows.append(
+        ("time", f"{compute:,.1f} ms{of_kernels}; ICI {ici:,.1f} ms at least, hidden or not")
+    )
     if one.traffic("DCN") and one.cycles:
         speed = 8e-9 * one.traffic("DCN") / one.compute_time
         rows.append(("", f"DCN hidden at {speed:.1f} Gbit/s a chip or more"))

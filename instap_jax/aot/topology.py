@@ -24,6 +24,7 @@ class Chip:
       hbm: bytes that a program may use, by the compiler's own out-of-memory message.
       clock: cycles a second of the TensorCore: peak FLOP/s over the FLOPs a cycle of its MXUs.
       ici: bytes a second that all its inter-chip links can send together (Cloud's documentation).
+      most: chips of the largest slice.
       cores: TensorCores that Cloud's names count for one chip.
       axes: 2 or 3, of the torus.
       options: of `get_topology_desc`.
@@ -32,6 +33,7 @@ class Chip:
     hbm: int
     clock: float
     ici: float
+    most: int
     cores: int = 1
     axes: int = 2
     options: tuple[tuple[str, str], ...] = ()
@@ -43,13 +45,14 @@ CHIPS = {
         hbm=int(30.75 * _GIB),
         clock=1.05e9,
         ici=300e9,
+        most=4096,
         cores=2,
         axes=3,
         options=(("chip_config_name", "megacore"),),
     ),
-    "v5e": Chip(hbm=int(15.75 * _GIB), clock=1.5e9, ici=200e9),
-    "v5p": Chip(hbm=int(95.73 * _GIB), clock=1.75e9, ici=600e9, cores=2, axes=3),
-    "v6e": Chip(hbm=int(31.24 * _GIB), clock=1.75e9, ici=448e9),
+    "v5e": Chip(hbm=int(15.75 * _GIB), clock=1.5e9, ici=200e9, most=256),
+    "v5p": Chip(hbm=int(95.73 * _GIB), clock=1.75e9, ici=600e9, most=8960, cores=2, axes=3),
+    "v6e": Chip(hbm=int(31.24 * _GIB), clock=1.75e9, ici=448e9, most=256),
 }
 
 # Shapes of Cloud's slices, by their number of chips.
@@ -58,6 +61,13 @@ _SHAPES = {
     3: ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16"),
 }
 _CLOUD_PREFIX = {"v5litepod": "v5e"}
+# libtpu would ask the Cloud's metadata server where it is, and refuse a second process.
+_ENVIRONMENT = {
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 _HOST = (2, 2, 1)  # chips of a host along each axis, the most there are
 
 
@@ -103,7 +113,8 @@ def parse(text: str, slices: int = 1) -> Topology:
     shaped = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text.strip().lower())
     if shaped and shaped[1] in CHIPS:
         shape = tuple(int(size) for size in shaped[2].split("x"))
-        if len(shape) == CHIPS[shaped[1]].axes and min(shape) > 0:
+        chip = CHIPS[shaped[1]]
+        if len(shape) == chip.axes and 0 < math.prod(shape) <= chip.most:
             return Topology(generation=shaped[1], shape=shape, slices=slices)
     name = cloud_names().get(text.strip().lower())
     if name is None:
@@ -139,14 +150,15 @@ def compiler_version() -> str:
     """Version of the installed TPU compiler.
 
     Raises:
-      UserError: it is not installed.
+      UserError: it, or what hands kernels to it, is not installed.
     """
     try:
+        importlib.metadata.version("flatbuffers")  # of jax.export
         return importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError as error:
         raise UserError(
             "the TPU compiler is not installed; install it, no TPU is needed: "
-            "pip install 'instap_jax[compile]' (or pip install libtpu)"
+            "pip install 'instap_jax[compile]' (or pip install libtpu flatbuffers)"
         ) from error
 
 
@@ -157,10 +169,8 @@ def devices(topology: Topology) -> list:
       UserError: no compiler, or it refuses the shape.
     """
     compiler_version()
-    # libtpu asks the Cloud's metadata server who we are, and refuses a second process.
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     options = dict(topology.chip.options)
     if math.prod(topology.shape) < math.prod(_HOST):
         options["chips_per_host_bounds"] = (*topology.shape, 1)[:3]
