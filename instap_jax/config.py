@@ -266,6 +266,9 @@ def _distributed() -> ConfigDict:
     c = ConfigDict()
     c.initialization_timeout = 300  # for all processes to have started
     c.heartbeat_timeout = 100  # a host that was not heard of for so long is dead: the others end
+    # A step that takes longer (compiling, validation and saving included) waits for something that
+    # hangs: the process says where it is and ends. Also of a single process.
+    c.step_timeout = 3600
     return c
 
 
@@ -275,6 +278,9 @@ def _compute() -> ConfigDict:
     # What the backward pass keeps of a block: 'none' (only its input), 'dots' (matmul outputs
     # without batch dimensions), 'all' (no rematerialisation).
     c.remat = "none"
+    # What computes attention: 'xla', the TPU's 'splash' kernel, the GPU's 'cudnn', or by the mesh's
+    # platform and the length, 'auto' (docs/attention.md).
+    c.attention = "auto"
     # Where compiled programs are kept for later starts; storage that all hosts share is best.
     # Unset: what JAX_COMPILATION_CACHE_DIR says, else WORKDIR/xla_cache, but on CPUs nowhere.
     c.cache_dir = placeholder(str)

@@ -53,7 +53,7 @@ ALLOWED = {
     "masking": set(),
     "losses": set(),
     "box_losses": set(),
-    "models": set(),
+    "models": {"sharding"},
     "data": set(),
     "ablations": set(),
     "train": {

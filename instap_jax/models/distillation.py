@@ -61,8 +61,18 @@ class Student(nnx.Module):
       config: the whole configuration.
     """
 
-    def __init__(self, config: ConfigDict, *, dtype: Any, remat: str, rngs: nnx.Rngs):
-        self.encoder = VisionEncoder(config.vision, dtype=dtype, remat=remat, rngs=rngs)
+    def __init__(
+        self,
+        config: ConfigDict,
+        *,
+        dtype: Any,
+        remat: str,
+        rngs: nnx.Rngs,
+        backend: str = "auto",
+    ):
+        self.encoder = VisionEncoder(
+            config.vision, dtype=dtype, remat=remat, rngs=rngs, backend=backend
+        )
         self.heads = DistillationHeads(
             config.distill, config.vision.width, config.teacher.projection, dtype=dtype, rngs=rngs
         )

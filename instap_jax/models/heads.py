@@ -47,8 +47,16 @@ class Grounder(nnx.Module):
       config: the whole configuration. dtype: compute dtype. remat: see `layers.scan_blocks`.
     """
 
-    def __init__(self, config: ConfigDict, *, dtype: Any, remat: str, rngs: nnx.Rngs):
-        options = {"dtype": dtype, "remat": remat, "rngs": rngs}
+    def __init__(
+        self,
+        config: ConfigDict,
+        *,
+        dtype: Any,
+        remat: str,
+        rngs: nnx.Rngs,
+        backend: str = "auto",
+    ):
+        options = {"dtype": dtype, "remat": remat, "rngs": rngs, "backend": backend}
         self.encoder = VisionEncoder(config.vision, **options)
         self.text = TextEncoder(config.text, vision_width=config.vision.width, **options)
         self.head = BoxHead(config.text.width, dtype=dtype, rngs=rngs)
@@ -99,8 +107,18 @@ class Classifier(nnx.Module):
       config: the whole configuration. dtype: compute dtype. remat: see `layers.scan_blocks`.
     """
 
-    def __init__(self, config: ConfigDict, *, dtype: Any, remat: str, rngs: nnx.Rngs):
-        self.encoder = VisionEncoder(config.vision, dtype=dtype, remat=remat, rngs=rngs)
+    def __init__(
+        self,
+        config: ConfigDict,
+        *,
+        dtype: Any,
+        remat: str,
+        rngs: nnx.Rngs,
+        backend: str = "auto",
+    ):
+        self.encoder = VisionEncoder(
+            config.vision, dtype=dtype, remat=remat, rngs=rngs, backend=backend
+        )
         classes = len(config.classify.classes)
         self.head = ClassHead(config.vision.width, classes, dtype=dtype, rngs=rngs)
         self.frozen = config.classify.frozen

@@ -134,9 +134,10 @@ class InstanceCrossAttention(nnx.Module):
         dtype: Any,
         remat: str,
         rngs: nnx.Rngs,
+        backend: str = "auto",
     ):
         def create(rngs: nnx.Rngs) -> SceneBlock:
-            return SceneBlock(width, heads, scale=scale, dtype=dtype, rngs=rngs)
+            return SceneBlock(width, heads, scale=scale, dtype=dtype, rngs=rngs, backend=backend)
 
         self.blocks = stack(create, depth, rngs)
         self.dtype = dtype
@@ -170,11 +171,20 @@ class InstanceCrossAttention(nnx.Module):
 class SceneBlock(nnx.Module):
     """C + attention(query norm(C), key and value norm(V)): pre-norm, with residual, no MLP."""
 
-    def __init__(self, width: int, heads: int, *, scale: float, dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        scale: float,
+        dtype: Any,
+        rngs: nnx.Rngs,
+        backend: str = "auto",
+    ):
         self.norm = LayerNorm(width, eps=NORM_EPSILON, dtype=dtype)
         self.scene_norm = LayerNorm(width, eps=NORM_EPSILON, dtype=dtype)
         self.attention = CrossAttention(
-            width, width, heads, dtype=dtype, rngs=rngs, out_scale=scale
+            width, width, heads, dtype=dtype, rngs=rngs, out_scale=scale, backend=backend
         )
 
     def __call__(
@@ -182,10 +192,20 @@ class SceneBlock(nnx.Module):
     ) -> Array:
         """crops [g, n, l, d], scenes [g, b, m, d], parent [g, n], mask [g, b, m] -> as crops."""
 
-        def attend_group(crops, scenes, parent, mask):
-            # Keys and values once per scene, then shared by its instances.
-            k, v = self.attention.keys_values(self.scene_norm(scenes))
-            mask = None if mask is None else mask[parent]
-            return self.attention.attend(self.norm(crops), k[parent], v[parent], mask=mask)
+        def of_instances(scenes: Array) -> Array:
+            """[g * b, ...] -> [g * n, ...], each instance's own scene."""
+            grouped = scenes.reshape((parent.shape[0], -1, *scenes.shape[1:]))
+            return _flat(jax.vmap(lambda scene, parent: scene[parent])(grouped, parent))
 
-        return crops + jax.vmap(attend_group)(crops, scenes, parent, mask)
+        # Keys and values once per scene, then shared by its instances. Groups are laid out flat:
+        # attention over samples is what the kernels split over devices.
+        k, v = self.attention.keys_values(self.scene_norm(_flat(scenes)))
+        mask = None if mask is None else of_instances(_flat(mask))
+        y = self.attention.attend(
+            self.norm(_flat(crops)), of_instances(k), of_instances(v), mask=mask
+        )
+        return crops + y.reshape(crops.shape)
+
+
+def _flat(x: Array) -> Array:
+    return x.reshape((-1, *x.shape[2:]))

@@ -50,12 +50,20 @@ class InstAP(nnx.Module):
     Args:
       config: the whole configuration.
       dtype: compute dtype.
-      remat: see `layers.scan_blocks`.
+      remat: see `layers.scan_blocks`. backend: see `attention_backends`.
     """
 
-    def __init__(self, config: ConfigDict, *, dtype: Any, remat: str, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ConfigDict,
+        *,
+        dtype: Any,
+        remat: str,
+        rngs: nnx.Rngs,
+        backend: str = "auto",
+    ):
         width, align = config.vision.width, config.align
-        options = {"dtype": dtype, "remat": remat, "rngs": rngs}
+        options = {"dtype": dtype, "remat": remat, "rngs": rngs, "backend": backend}
 
         def projection(width: int) -> Linear:
             return Linear(width, align.projection, axes=("embed", "proj"), dtype=dtype, rngs=rngs)

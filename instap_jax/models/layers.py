@@ -21,8 +21,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from instap_jax.models import attention_backends
+from instap_jax.models.placement import gathered, split_over_data
+
 Array = jax.Array
 Initializer = Callable[..., Array]
+
 
 # UMT initialises every linear map so (modeling_pretrain_umt.py, _init_weights).
 xavier_uniform: Initializer = jax.nn.initializers.xavier_uniform()
@@ -53,8 +57,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """[..., in] -> [..., out] in the compute dtype."""
-        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        y = x.astype(self.dtype) @ gathered(self.kernel, self.dtype)
+        return y if self.bias is None else y + gathered(self.bias, self.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -74,7 +78,8 @@ class LayerNorm(nnx.Module):
         centred = x - x.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
         y = centred * lax.rsqrt(variance + self.eps)
-        return (y * self.scale[...] + self.bias[...]).astype(self.dtype)
+        scale, bias = gathered(self.scale, jnp.float32), gathered(self.bias, jnp.float32)
+        return (y * scale + bias).astype(self.dtype)
 
 
 def quick_gelu(x: Array) -> Array:
@@ -131,6 +136,7 @@ def dot_product_attention(
     dropout_rate: float = 0.0,
     key: Array | None = None,
     scale: Array | None = None,
+    backend: str = "auto",
 ) -> Array:
     """The one place where attention is computed without keeping its probabilities.
 
@@ -140,10 +146,14 @@ def dot_product_attention(
       dropout_rate: of the probabilities; only used with a `key`.
       scale: float32 [b, h, n, m], what the probabilities are multiplied by. The gradient at a
         scale of ones is probability times gradient: what attention maps show.
+      backend: see `attention_backends`. Dropout and scale are computed by XLA whatever it names.
 
     Returns:
       [b, n, h, c] in the dtype of v.
     """
+    backend = attention_backends.choose(backend, q, k)
+    if backend != "xla" and scale is None and (key is None or not dropout_rate):
+        return attention_backends.attend(backend, q, k, v, mask=mask)
     probabilities = attention_probabilities(q, k, mask=mask)
     if dropout_rate:
         probabilities = dropout(probabilities, rate=dropout_rate, key=key)
@@ -170,7 +180,16 @@ class Attention(nnx.Module):
     [2, h, c] (query, value) for `Bias.QUERY_VALUE`.
     """
 
-    def __init__(self, width: int, heads: int, *, bias: Bias, dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        bias: Bias,
+        dtype: Any,
+        rngs: nnx.Rngs,
+        backend: str = "auto",
+    ):
         channels = _head_channels(width, heads)
         self.qkv = _projection(rngs.params(), width, 3, heads, channels)
         count = 3 if bias is Bias.FULL else 2
@@ -178,6 +197,7 @@ class Attention(nnx.Module):
         self.out = Linear(width, width, axes=("heads", "embed"), dtype=dtype, rngs=rngs)
         self.bias_kind = bias
         self.dtype = dtype
+        self.backend = backend
 
     def __call__(
         self,
@@ -189,7 +209,9 @@ class Attention(nnx.Module):
     ) -> Array:
         """[b, n, d] -> [b, n, d]; mask, dropout_rate and key as in `dot_product_attention`."""
         q, k, v = self._project(x)
-        y = dot_product_attention(q, k, v, mask=mask, dropout_rate=dropout_rate, key=key)
+        y = dot_product_attention(
+            q, k, v, mask=mask, dropout_rate=dropout_rate, key=key, backend=self.backend
+        )
         return self.out(_merge_heads(y))
 
     def with_probabilities(self, x: Array, *, mask: Array | None = None) -> tuple[Array, Array]:
@@ -199,9 +221,9 @@ class Attention(nnx.Module):
         return self.out(_merge_heads(_weighted_sum(probabilities, v))), probabilities
 
     def _project(self, x: Array) -> tuple[Array, Array, Array]:
-        kernel = self.qkv[...].astype(self.dtype)
+        kernel = gathered(self.qkv, self.dtype)
         q, k, v = jnp.einsum("bnd,dxhc->xbnhc", x.astype(self.dtype), kernel)
-        bias = self.qkv_bias[...].astype(self.dtype)
+        bias = gathered(self.qkv_bias, self.dtype)
         if self.bias_kind is Bias.FULL:
             k = k + bias[1]
         return q + bias[0], k, v + bias[-1]
@@ -222,6 +244,7 @@ class CrossAttention(nnx.Module):
         dtype: Any,
         rngs: nnx.Rngs,
         out_scale: float = 1.0,
+        backend: str = "auto",
     ):
         channels = _head_channels(width, heads)
         self.query = _projection(rngs.params(), width, 1, heads, channels)
@@ -237,6 +260,7 @@ class CrossAttention(nnx.Module):
             rngs=rngs,
         )
         self.dtype = dtype
+        self.backend = backend
 
     def __call__(
         self,
@@ -271,14 +295,21 @@ class CrossAttention(nnx.Module):
         """`__call__` with what `keys_values` returned."""
         (q,) = self._project(x, self.query, self.query_bias)
         y = dot_product_attention(
-            q, k, v, mask=mask, dropout_rate=dropout_rate, key=key, scale=scale
+            q,
+            k,
+            v,
+            mask=mask,
+            dropout_rate=dropout_rate,
+            key=key,
+            scale=scale,
+            backend=self.backend,
         )
         return self.out(_merge_heads(y))
 
     def _project(self, x: Array, kernel: nnx.Param, bias: nnx.Param) -> Array:
-        kernel = kernel[...].astype(self.dtype)
+        kernel = gathered(kernel, self.dtype)
         y = jnp.einsum("bnd,dxhc->xbnhc", x.astype(self.dtype), kernel)
-        return y + bias[...].astype(self.dtype)[:, None, None]
+        return y + gathered(bias, self.dtype)[:, None, None]
 
 
 def _head_channels(width: int, heads: int) -> int:
@@ -339,9 +370,10 @@ class PreNormBlock(nnx.Module):
         eps: float,
         dtype: Any,
         rngs: nnx.Rngs,
+        backend: str = "auto",
     ):
         self.norm1 = LayerNorm(width, eps=eps, dtype=dtype)
-        self.attention = Attention(width, heads, bias=bias, dtype=dtype, rngs=rngs)
+        self.attention = Attention(width, heads, bias=bias, dtype=dtype, rngs=rngs, backend=backend)
         self.norm2 = LayerNorm(width, eps=eps, dtype=dtype)
         hidden = int(width * mlp_ratio)
         self.mlp = Mlp(width, hidden, activation=activation, dtype=dtype, rngs=rngs)
@@ -442,7 +474,7 @@ def scan_blocks(
         layers = jax.tree.map(lambda a: a[first:last], layers)
 
         def step(x, layer):
-            x = apply(x, *layer)
+            x = split_over_data(apply(x, *layer))
             return x, x if keep else None
 
         return lax.scan(step, x, layers)

@@ -25,6 +25,7 @@ from instap_jax.models.layers import (
     scan_blocks,
     stack,
 )
+from instap_jax.models.placement import gathered
 from instap_jax.models.text import TextEncoder
 from instap_jax.models.vision import patchify
 
@@ -58,10 +59,18 @@ class ClipVision(nnx.Module):
     Args:
       config: the `teacher` section of the configuration.
       dtype: compute dtype.
-      remat: see `layers.scan_blocks`.
+      remat: see `layers.scan_blocks`. backend: see `attention_backends`.
     """
 
-    def __init__(self, config: ConfigDict, *, dtype: Any, remat: str, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ConfigDict,
+        *,
+        dtype: Any,
+        remat: str,
+        rngs: nnx.Rngs,
+        backend: str = "auto",
+    ):
         width, patches = config.width, (config.image_size // config.patch) ** 2
         init = jax.nn.initializers.normal(width**-0.5)
         self.patch = config.patch
@@ -79,7 +88,7 @@ class ClipVision(nnx.Module):
             init(rngs.params(), (patches + 1, width)), logical_axes=(None, "embed")
         )
         self.ln_pre = LayerNorm(width, eps=NORM_EPSILON, dtype=dtype)
-        self.blocks = stack(lambda rngs: _block(config, dtype, rngs), config.depth, rngs)
+        self.blocks = stack(lambda rngs: _block(config, dtype, backend, rngs), config.depth, rngs)
         self.ln_post = LayerNorm(width, eps=NORM_EPSILON, dtype=dtype)
         self.projection = Linear(
             width,
@@ -127,13 +136,13 @@ class ClipVision(nnx.Module):
 
     def _embed(self, images: Array) -> Array:
         x = self.patch_embedding(patchify(images[:, None], self.patch))
-        class_token = self.class_token[...].astype(x.dtype)
+        class_token = gathered(self.class_token, x.dtype)
         class_token = jnp.broadcast_to(class_token, (x.shape[0], 1, x.shape[-1]))
         x = jnp.concatenate([class_token, x], axis=1)
-        return self.ln_pre(x + self.positions[...].astype(x.dtype))
+        return self.ln_pre(x + gathered(self.positions, x.dtype))
 
 
-def _block(config: ConfigDict, dtype: Any, rngs: nnx.Rngs) -> PreNormBlock:
+def _block(config: ConfigDict, dtype: Any, backend: str, rngs: nnx.Rngs) -> PreNormBlock:
     return PreNormBlock(
         config.width,
         config.heads,
@@ -143,6 +152,7 @@ def _block(config: ConfigDict, dtype: Any, rngs: nnx.Rngs) -> PreNormBlock:
         eps=NORM_EPSILON,
         dtype=dtype,
         rngs=rngs,
+        backend=backend,
     )
 
 
@@ -153,9 +163,18 @@ class ClipModel(nnx.Module):
       config: the whole configuration.
     """
 
-    def __init__(self, config: ConfigDict, *, dtype: Any, remat: str, rngs: nnx.Rngs):
-        self.visual = ClipVision(config.teacher, dtype=dtype, remat=remat, rngs=rngs)
-        self.text = TextEncoder(config.text, dtype=dtype, remat=remat, rngs=rngs)
+    def __init__(
+        self,
+        config: ConfigDict,
+        *,
+        dtype: Any,
+        remat: str,
+        rngs: nnx.Rngs,
+        backend: str = "auto",
+    ):
+        options = {"dtype": dtype, "remat": remat, "rngs": rngs, "backend": backend}
+        self.visual = ClipVision(config.teacher, **options)
+        self.text = TextEncoder(config.text, **options)
         self.text_projection = Linear(
             config.text.width,
             config.teacher.projection,

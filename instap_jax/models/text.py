@@ -31,6 +31,7 @@ from instap_jax.models.layers import (
     scan_blocks,
     stack,
 )
+from instap_jax.models.placement import gathered
 
 Array = jax.Array
 
@@ -66,7 +67,7 @@ class TextEncoder(nnx.Module):
       vision_width: e, the width of the visual tokens. None: a text-only tower, whose `depth`
         layers are all text layers, without fusion layers and masked-language head.
       dtype: compute dtype.
-      remat: see `layers.scan_blocks`.
+      remat: see `layers.scan_blocks`. backend: see `attention_backends`.
 
     Raises:
       ValueError: when the fusion layers leave no text layer, or there are none to build.
@@ -80,15 +81,17 @@ class TextEncoder(nnx.Module):
         dtype: Any,
         remat: str,
         rngs: nnx.Rngs,
+        backend: str = "auto",
     ):
         fusion = 0 if vision_width is None else config.fusion_layers
         if vision_width is not None and not 0 < fusion < config.depth:
             raise ValueError(
                 f"text.fusion_layers is {fusion}: must be 1 to text.depth - 1 = {config.depth - 1}"
             )
+        options = {"dtype": dtype, "backend": backend}
         self.embeddings = TextEmbeddings(config, dtype=dtype, rngs=rngs)
         self.blocks = stack(
-            lambda rngs: TextBlock(config, context_width=None, dtype=dtype, rngs=rngs),
+            lambda rngs: TextBlock(config, context_width=None, rngs=rngs, **options),
             config.depth - fusion,
             rngs,
         )
@@ -96,7 +99,7 @@ class TextEncoder(nnx.Module):
             self.fusion_blocks = self.mlm_head = None
         else:
             self.fusion_blocks = stack(
-                lambda rngs: TextBlock(config, context_width=vision_width, dtype=dtype, rngs=rngs),
+                lambda rngs: TextBlock(config, context_width=vision_width, rngs=rngs, **options),
                 fusion,
                 rngs,
             )
@@ -153,7 +156,7 @@ class TextEncoder(nnx.Module):
 
     def mlm_logits(self, tokens: Array) -> Array:
         """Fused tokens [B, s, d] -> float32 logits over the vocabulary [B, s, vocab_size]."""
-        return self.mlm_head(tokens, self.embeddings.words[...])
+        return self.mlm_head(tokens, self.embeddings.words)
 
 
 class TextEmbeddings(nnx.Module):
@@ -175,7 +178,9 @@ class TextEmbeddings(nnx.Module):
         length, longest = ids.shape[1], self.positions[...].shape[0]
         if length > longest:
             raise ValueError(f"text of {length} tokens; text.max_length is {longest}")
-        x = self.words[...][ids] + self.positions[...][:length] + self.token_types[...][0]
+        words = gathered(self.words, jnp.float32)
+        positions = gathered(self.positions, jnp.float32)[:length]
+        x = words[ids] + positions + gathered(self.token_types, jnp.float32)[0]
         return dropout(self.norm(x), rate=self.dropout, key=key)
 
 
@@ -188,19 +193,26 @@ class TextBlock(nnx.Module):
     """
 
     def __init__(
-        self, config: ConfigDict, *, context_width: int | None, dtype: Any, rngs: nnx.Rngs
+        self,
+        config: ConfigDict,
+        *,
+        context_width: int | None,
+        dtype: Any,
+        rngs: nnx.Rngs,
+        backend: str = "auto",
     ):
         width, heads = config.width, config.heads
 
         def norm() -> LayerNorm:
             return LayerNorm(width, eps=NORM_EPSILON, dtype=dtype)
 
-        self.attention = Attention(width, heads, bias=Bias.FULL, dtype=dtype, rngs=rngs)
+        options = {"dtype": dtype, "rngs": rngs, "backend": backend}
+        self.attention = Attention(width, heads, bias=Bias.FULL, **options)
         self.attention_norm = norm()
         if context_width is None:
             self.cross = self.cross_norm = None
         else:
-            self.cross = CrossAttention(width, context_width, heads, dtype=dtype, rngs=rngs)
+            self.cross = CrossAttention(width, context_width, heads, **options)
             self.cross_norm = norm()
         hidden = int(width * config.mlp_ratio)
         self.mlp = Mlp(width, hidden, activation=exact_gelu, dtype=dtype, rngs=rngs)
@@ -243,12 +255,12 @@ class MaskedLanguageHead(nnx.Module):
         zeros = jnp.zeros(config.vocab_size, jnp.float32)
         self.bias = nnx.Param(zeros, logical_axes=("vocab",))
 
-    def __call__(self, tokens: Array, words: Array) -> Array:
+    def __call__(self, tokens: Array, words: nnx.Param) -> Array:
         """Tokens [B, s, d] and the word embeddings [vocab, d] -> float32 [B, s, vocab]."""
         x = self.norm(exact_gelu(self.dense(tokens)))
-        words = words.astype(x.dtype)
-        logits = jnp.einsum("bsd,vd->bsv", x, words, preferred_element_type=jnp.float32)
-        return logits + self.bias[...]
+        table = gathered(words, x.dtype)
+        logits = jnp.einsum("bsd,vd->bsv", x, table, preferred_element_type=jnp.float32)
+        return logits + gathered(self.bias, jnp.float32)
 
 
 class MatchHead(nnx.Module):

@@ -53,10 +53,18 @@ class VisionEncoder(nnx.Module):
     Args:
       config: the `vision` section of the configuration.
       dtype: compute dtype.
-      remat: see `layers.scan_blocks`.
+      remat: see `layers.scan_blocks`. backend: see `attention_backends`.
     """
 
-    def __init__(self, config: ConfigDict, *, dtype: Any, remat: str, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ConfigDict,
+        *,
+        dtype: Any,
+        remat: str,
+        rngs: nnx.Rngs,
+        backend: str = "auto",
+    ):
         self.width = config.width
         self.patch = config.patch
         self.positions = PositionGrid.of(config)
@@ -68,7 +76,7 @@ class VisionEncoder(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.blocks = stack(lambda rngs: _block(config, dtype, rngs), config.depth, rngs)
+        self.blocks = stack(lambda rngs: _block(config, dtype, backend, rngs), config.depth, rngs)
         self.norm = LayerNorm(config.width, eps=NORM_EPSILON, dtype=dtype)
         self.drop_path_rates = tuple(np.linspace(0, config.drop_path, config.depth).tolist())
         self.dtype = dtype
@@ -120,7 +128,7 @@ class VisionEncoder(nnx.Module):
         return position_codes(frames, patches, self.width, visible, grid=self.positions)
 
 
-def _block(config: ConfigDict, dtype: Any, rngs: nnx.Rngs) -> PreNormBlock:
+def _block(config: ConfigDict, dtype: Any, backend: str, rngs: nnx.Rngs) -> PreNormBlock:
     return PreNormBlock(
         config.width,
         config.heads,
@@ -130,6 +138,7 @@ def _block(config: ConfigDict, dtype: Any, rngs: nnx.Rngs) -> PreNormBlock:
         eps=NORM_EPSILON,
         dtype=dtype,
         rngs=rngs,
+        backend=backend,
     )
 
 

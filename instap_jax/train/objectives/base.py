@@ -39,7 +39,12 @@ class Objective:
 
 def compute_options(config: ConfigDict) -> dict:
     """Keyword arguments that every model takes from `config.compute`."""
-    return {"dtype": jnp.dtype(config.compute.dtype), "remat": config.compute.remat}
+    compute = config.compute
+    return {
+        "dtype": jnp.dtype(compute.dtype),
+        "remat": compute.remat,
+        "backend": compute.attention,
+    }
 
 
 def nothing(config: ConfigDict, rngs: nnx.Rngs) -> nnx.Module:

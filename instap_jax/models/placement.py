@@ -1,0 +1,71 @@
+"""Where weights and activations lie while a layer computes, on a mesh that splits both.
+
+XLA's partitioner, left alone, follows the parameters: with `embed` split over fsdp it contracts
+over the split axis, in loops of small products, or splits activations by width and replicates the
+batch. So every layer says what it means: activations split over the data axes, weights whole over
+them, gathered in the compute dtype where they are used (ZeRO-3). Without a mesh
+(`jax.set_mesh`), or on one without data parallelism, nothing here does anything but cast.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from instap_jax import sharding
+
+Array = jax.Array
+
+
+def data_ways() -> int:
+    """Over how many ways the current mesh splits a batch."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape.get(axis, 1) for axis in sharding.DATA_AXES)
+
+
+def gathered(param: nnx.Param, dtype: Any) -> Array:
+    """A parameter in the compute dtype, whole over the data axes, still split over `tensor`.
+
+    The gradient arrives in that dtype and goes back to the split of the parameter, so it is summed
+    and scattered and no device ever holds the whole of it.
+    """
+    value = param[...]
+    if data_ways() == 1:
+        return value.astype(dtype)
+    split = sharding.RULES.spec(param.get_metadata().get("logical_axes", ()), value.ndim)
+    return _gather(value, dtype, split)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(value: Array, dtype: Any, split: P) -> Array:
+    whole = P(*(None if axis in sharding.DATA_AXES else axis for axis in split))
+    # Cast on its own shard first: half the bytes travel.
+    return jax.lax.with_sharding_constraint(value.astype(dtype), whole)
+
+
+def _gather_forward(value, dtype, split):
+    return _gather(value, dtype, split), value
+
+
+def _gather_backward(dtype, split, value, gradient):
+    gradient = jax.lax.with_sharding_constraint(gradient, split)
+    return (gradient.astype(value.dtype),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def split_over_data(tree: Any) -> Any:
+    """Keeps the leading (batch) axis of activations split over the data axes.
+
+    An array whose batch does not divide (a request of one clip, say) is left to the partitioner.
+    """
+    ways = data_ways()
+
+    def split(array: Array) -> Array:
+        return array if array.shape[0] % ways else sharding.constrain_batch(array)
+
+    return tree if ways == 1 else jax.tree.map(split, tree)
