@@ -317,6 +317,13 @@ class TargetCorpora(Target):
             assert corpus.directory and corpus.split and 0 < corpus.weight < math.inf
 
 
+class OneRecord(records.RecordSource):
+    data: bytes
+
+    def _read(self, shard: int, position: int) -> bytes:
+        return self.data
+
+
 class TargetRecord(Target):
     """A packed record: the sample is there or it is a fault; the batch has its shape."""
 
@@ -337,8 +344,8 @@ class TargetRecord(Target):
         self.builders = [self._builder(config, use) for use in Use]
 
     def _builder(self, config, use: Use) -> GroupBuilder:
-        source = records.RecordSource(directory="", split="", kind=Kind.VIDEO, shards=[])
-        source._length = 1
+        source = OneRecord(directory="", split="", kind=Kind.VIDEO, shards=[], pack=None)
+        source._ends, source._length = [1], 1
         return GroupBuilder(
             sources=[source], tokenizer=load_tokenizer(config), use=use, group_size=1, frames=2,
             sampling="uniform", canvas=(32, 32), length=8, caption_sampling="epoch",
@@ -371,7 +378,7 @@ class TargetRecord(Target):
     def run(self, data: bytes) -> None:
         group = GroupRef(0, [SampleRef(corpus=0, record=0, epoch=3, turn=3)])
         for builder in self.builders:
-            vars(builder.sources[0])["_data"] = [data]
+            builder.sources[0].data = data
             frames = np.full((1, 1, 2, 32, 32, 3), 7, np.uint8)
             batch = builder.build([group], frames, lambda sample: Fault.NONE)
             valid = batch["sample_valid"] == (batch["fault"] == 0)

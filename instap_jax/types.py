@@ -108,6 +108,7 @@ class Record:
         Where `present` is False the nearest box is held.
       present: bool [k, f], whether the instance is in the picture.
       extra, instance_extra: unknown annotation keys, kept.
+      place: set, shard and position that it was packed for; empty before it is in one.
     """
 
     id: str
@@ -127,6 +128,7 @@ class Record:
     present: np.ndarray
     extra: Mapping[str, Any]
     instance_extra: tuple[Mapping[str, Any], ...]
+    place: str = ""
 
 
 class Batch(TypedDict):

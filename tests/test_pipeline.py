@@ -374,7 +374,7 @@ BAD = {
 @pytest.fixture
 def memory(monkeypatch):
     def use(*records) -> None:
-        monkeypatch.setattr(pipeline, "open_source", lambda *_: Memory(list(records)))
+        monkeypatch.setattr(pipeline, "open_source", lambda *_, **__: Memory(list(records)))
 
     return use
 

@@ -8,6 +8,7 @@ made alone, in any order, again and again.
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -71,10 +72,17 @@ def pack(
     _check_paths(media_root, out)
     index = plan.Index(annotations)
     partial = out + ".partial"
-    tasks = plan.make_tasks(
-        index, media_root, partial, options=options, shard_size=shard_size, seed=seed
-    )
     settings = {**dataclasses.asdict(options), "shard_size": shard_size, "seed": seed}
+    pack_id = _pack_id(index.sha256, settings)
+    tasks = plan.make_tasks(
+        index,
+        media_root,
+        partial,
+        options=options,
+        shard_size=shard_size,
+        seed=seed,
+        pack=pack_id,
+    )
     # Everything that decides the bytes of the shards.
     fingerprint = {"annotations": index.sha256, "media": os.path.realpath(media_root)}
     fingerprint |= settings | {"versions": _versions()}
@@ -83,7 +91,7 @@ def pack(
             reports = _write_all(tasks, index, processes, max_reject_rate)
             _check_splits(reports, index)
             index.check_unchanged()
-            manifest = _describe(f"{partial}/data", reports, index, settings)
+            manifest = _describe(f"{partial}/data", reports, index, settings, pack_id)
             os.rename(f"{partial}/data", out)
         except (OSError, WorkerDied) as error:
             raise UserError(f"{error}; give the same command again to continue") from error
@@ -229,8 +237,18 @@ def _by_reason(rejects: list[dict[str, Any]]) -> dict[str, int]:
 # --- description ---------------------------------------------------------------------------------
 
 
+def _pack_id(annotations: str, settings: dict[str, Any]) -> str:
+    """The same for the same annotations and options, wherever they were packed."""
+    text = json.dumps([annotations, settings], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def _describe(
-    data: str, reports: list[dict[str, Any]], index: plan.Index, settings: dict[str, Any]
+    data: str,
+    reports: list[dict[str, Any]],
+    index: plan.Index,
+    settings: dict[str, Any],
+    pack_id: str,
 ) -> dict[str, Any]:
     """Writes TFDS's metadata, rejects.jsonl and manifest.json; returns the manifest."""
     rejects = _all_rejects(reports, index)
@@ -241,6 +259,7 @@ def _describe(
         for key in ("samples", "instances", "frames", "bytes"):
             of_split[key] += report[key]
     manifest = {
+        "pack": pack_id,
         "annotations": {"sha256": index.sha256, "samples": index.total},
         "options": settings,
         "counts": counts,

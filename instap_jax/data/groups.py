@@ -254,7 +254,7 @@ class GroupBuilder:
         try:
             record = self.sources[ref.corpus][ref.record]
         except CorruptRecordError as error:
-            raise _BadSample(Fault.CORRUPT_RECORD) from error
+            raise _BadSample(error.fault) from error
         stored = len(record.frame_index)
         if not stored or not len(record.media_bytes):
             raise _BadSample(Fault.NO_FRAMES)

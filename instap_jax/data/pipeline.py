@@ -90,7 +90,8 @@ def make_loader(
     corpora = parse_corpora(data[key])
     if not corpora:
         raise UserError(f"data.{key} names no corpus; set it to DIR:SPLIT of packed data")
-    sources = [open_source(c.directory, c.split, kind) for c in corpora]
+    rate = data.max_fault_rate
+    sources = [open_source(c.directory, c.split, kind, max_missing=rate) for c in corpora]
     for corpus, source in zip(corpora, sources):
         if not len(source):
             raise UserError(f"{corpus.directory}:{corpus.split} has no {kind} samples")

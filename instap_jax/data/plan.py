@@ -94,11 +94,13 @@ def make_tasks(
     options: Options,
     shard_size: int | None,
     seed: int,
+    pack: str,
 ) -> list[Task]:
     """Deals the samples of every kind and split, shuffled, into shards of nearly equal size.
 
     Args:
       directory: where the shards go, under `data/KIND/`, and their reports, under `reports/`.
+      pack: hash of what the set is packed from.
     """
     if shard_size is not None and shard_size < 1:
         raise UserError(f"shard_size must be at least 1 sample, not {shard_size}")
@@ -120,6 +122,7 @@ def make_tasks(
                     lines=part,
                     path=f"{directory}/data/{kind}/{name}",
                     report=f"{directory}/reports/{kind}-{name}.json",
+                    pack=pack,
                 )
             )
     return tasks

@@ -4,6 +4,7 @@
 one kind and a loader never has to filter. `open_source` reads one split of one of them.
 """
 
+import bisect
 import difflib
 import functools
 import itertools
@@ -14,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python import array_record_module
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tensorflow_datasets.proto import tf_example_pb2
 
 from instap_jax.data import media
 from instap_jax.errors import UserError
-from instap_jax.types import Kind, Record
+from instap_jax.types import Fault, Kind, Record
 
 DATASET_NAME = "instap"
 DATASET_VERSION = "1.0.0"
@@ -47,11 +48,26 @@ _SCALARS = ("id", "media", "source", "encoding", "fps")
 class CorruptRecordError(Exception):
     """One record cannot be read back; its neighbours can. The message names it."""
 
+    fault = Fault.CORRUPT_RECORD
+
+
+class MissingRecordError(CorruptRecordError):
+    """Its shard is not there, or holds fewer records than the data set's description says."""
+
+    fault = Fault.MISSING_RECORD
+
+
+class ForeignRecordError(CorruptRecordError):
+    """The record in its place is whole, but was packed for another one: files were mixed up."""
+
+    fault = Fault.FOREIGN_RECORD
+
 
 def to_example(record: Record) -> dict[str, Any]:
     """Returns the TFDS example of a record, as `FEATURES` describes it."""
     annotation = {name: getattr(record, name) for name in _SCALARS}
     annotation |= {
+        "place": record.place,
         "kind": record.kind.value,
         "size": list(record.size),
         "captions": list(record.captions),
@@ -75,6 +91,16 @@ def to_example(record: Record) -> dict[str, Any]:
         "boxes": np.asarray(record.boxes, np.float32),
         "present": np.asarray(record.present, np.bool_),
     }
+
+
+def place_of(pack: str, shard: str, position: int) -> str:
+    """What a record says about where it belongs, so that no other passes for it.
+
+    Args:
+      pack: of the manifest: a hash of what the data set was packed from.
+      shard: file name of the shard, below the data set's directory.
+    """
+    return f"{pack} {shard} {position}"
 
 
 def serialize(record: Record) -> bytes:
@@ -124,6 +150,7 @@ def from_example(example: dict[str, Any]) -> Record:
         present=example["present"],
         extra=annotation["extra"],
         instance_extra=tuple(i["extra"] for i in instances),
+        place=annotation.get("place", ""),
     )
     _check_content(record)
     return record
@@ -134,7 +161,7 @@ def _check_content(record: Record) -> None:
     texts = (record.id, record.media, record.source, *record.captions, *record.instance_ids)
     texts += (*record.categories, *itertools.chain.from_iterable(record.instance_captions))
     sizes, index = record.size, record.frame_index
-    if not all(isinstance(text, str) for text in texts):
+    if not all(isinstance(text, str) for text in (*texts, record.place)):
         raise ValueError("a text is none")
     if not all(isinstance(side, int) and 0 < side <= media.MAX_SIDE for side in sizes):
         raise ValueError(f"its frames are of size {sizes}")
@@ -155,11 +182,13 @@ class RecordSource:
     several threads. Indices run over [0, len); the order on disk is the seeded shuffle of `pack`.
     """
 
-    def __init__(self, *, directory: str, split: str, kind: Kind, shards: list):
-        """Use `open_source`; `shards` are TFDS file instructions."""
+    def __init__(self, *, directory: str, split: str, kind: Kind, shards: list, pack: str | None):
+        """Use `open_source`; `shards` are TFDS file instructions, `pack` as in the manifest."""
         self.directory, self.split, self.kind = directory, split, kind
-        self._shards = shards
-        self._length = sum(shard.examples_in_shard for shard in shards)
+        self._pack = pack
+        self._files = [os.path.basename(shard.filename) for shard in shards]
+        self._ends = list(itertools.accumulate(shard.examples_in_shard for shard in shards))
+        self._length = self._ends[-1] if shards else 0
 
     def __len__(self) -> int:
         return self._length
@@ -168,15 +197,54 @@ class RecordSource:
         """Returns record `index`, media still encoded.
 
         Raises:
-          CorruptRecordError: the bytes of this record (or of its whole shard) are damaged.
+          CorruptRecordError: the bytes of this record (or of its whole shard) are damaged, or
+            missing, or those of another record (see its subclasses).
           IndexError: `index` is not in [0, len).
         """
         if not 0 <= index < self._length:
             raise IndexError(f"record {index} of {self._length} in {self!r}")
+        shard = bisect.bisect_right(self._ends, index)
+        position = index - (self._ends[shard - 1] if shard else 0)
         try:
-            return from_example(parse_example(self._data[index]))
+            record = from_example(parse_example(self._read(shard, position)))
+        except MissingRecordError as error:
+            raise MissingRecordError(f"{self.record_name(index)}: {error}") from error
         except Exception as error:  # whatever the readers below us make of damaged bytes
             raise CorruptRecordError(f"{self.record_name(index)}: {error}") from error
+        # Sets that were packed before records knew their place have no `pack` in the manifest.
+        if self._pack is not None:
+            expected = place_of(self._pack, f"{self.kind}/{self._files[shard]}", position)
+            if record.place != expected:
+                raise ForeignRecordError(
+                    f"{self.record_name(index)}: it says {record.place!r}, not {expected!r}"
+                )
+        return record
+
+    def _read(self, shard: int, position: int) -> bytes:
+        try:
+            return self._reader(shard).read([position])[0]
+        except RuntimeError:
+            # Once more from the start: a reader that has failed, be it that the storage did not
+            # answer for a moment, fails for ever.
+            self._readers.pop(shard, None)
+            if not os.path.exists(self._path(shard)):
+                raise MissingRecordError("its shard is missing") from None
+            reader = self._reader(shard)
+            count = reader.num_records()  # 0 of a file that is no whole ArrayRecord
+            if 0 < count <= position:
+                raise MissingRecordError(f"its shard holds {count} records only") from None
+            return reader.read([position])[0]
+
+    def _reader(self, shard: int) -> array_record_module.ArrayRecordReader:
+        reader = self._readers.get(shard)
+        if reader is None:
+            reader = self._readers[shard] = array_record_module.ArrayRecordReader(
+                self._path(shard), options="readahead_buffer_size:0", file_reader_buffer_size=32768
+            )
+        return reader
+
+    def _path(self, shard: int) -> str:
+        return os.path.join(self.directory, self.kind, self._files[shard])
 
     def record_id(self, index: int) -> str:
         """Returns the sample's id, or the place of the record if it is damaged. Reads it all."""
@@ -190,22 +258,29 @@ class RecordSource:
         return f"{os.path.join(self.directory, self.kind)} {self.split} record {index}"
 
     @functools.cached_property
-    def _data(self) -> ArrayRecordDataSource:
-        return ArrayRecordDataSource(self._shards)
+    def _readers(self) -> dict[int, array_record_module.ArrayRecordReader]:
+        return {}  # by shard; they read from several threads at once
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_data"}
+        return {name: value for name, value in self.__dict__.items() if name != "_readers"}
 
     def __repr__(self) -> str:
         # Stable from run to run: grain compares it when it restores a data position.
         return f"RecordSource({self.directory!r}, {self.split!r}, {self.kind.value!r})"
 
 
-def open_source(directory: str, split: str, kind: Kind) -> RecordSource:
+def open_source(
+    directory: str, split: str, kind: Kind, *, max_missing: float = 0.0
+) -> RecordSource:
     """Opens one split of what `instap pack --out=directory` wrote.
 
+    Args:
+      max_missing: share of the records whose shards may be missing; reading one of those raises
+        `MissingRecordError`.
+
     Raises:
-      UserError: no such directory, no samples of this kind, or no such split.
+      UserError: no such directory, no samples of this kind, no such split, or more than
+        `max_missing` of it is missing.
     """
     directory = os.fspath(directory)
     kinds = [k.value for k in Kind if os.path.isfile(_info_file(directory, k))]
@@ -224,14 +299,33 @@ def open_source(directory: str, split: str, kind: Kind) -> RecordSource:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UserError(f"{path!r} has no split {split!r}: {hint}it has {', '.join(splits)}")
     shards = splits[split].file_instructions
+    _check_shards(path, split, shards, max_missing)
+    pack = _pack_of(directory)
+    return RecordSource(directory=directory, split=split, kind=kind, shards=shards, pack=pack)
+
+
+def _check_shards(path: str, split: str, shards: list, max_missing: float) -> None:
     there = set(os.listdir(path))  # one call: a file system may be slow to answer per file
-    missing = [name for name in (s.basename() for s in shards) if name not in there]
-    if missing:
+    missing = [shard for shard in shards if shard.basename() not in there]
+    lost = sum(shard.examples_in_shard for shard in missing)
+    if lost > max_missing * sum(shard.examples_in_shard for shard in shards):
         raise UserError(
             f"{len(missing)} of {len(shards)} shards of {path!r} {split!r} are missing, first "
-            f"{missing[0]!r}; copy them again or pack again"
+            f"{missing[0].basename()!r}; copy them again or pack again"
         )
-    return RecordSource(directory=directory, split=split, kind=kind, shards=shards)
+
+
+def _pack_of(directory: str) -> str | None:
+    """The manifest's `pack`; None of a set without a manifest, or with an older one."""
+    path = os.path.join(directory, "manifest.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            pack = json.load(file).get("pack")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"cannot read {path!r}: {error}; copy it again or pack again") from error
+    return None if pack is None else str(pack)
 
 
 def _info_file(directory: str, kind: Kind) -> str:

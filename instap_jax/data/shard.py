@@ -70,6 +70,7 @@ class Task:
       lines: int64 [m, 2], (line number from 1, byte offset) of every sample, in record order.
       path: the shard file.
       report: the JSON file that marks the shard as finished (see `write_shard`).
+      pack: hash of what the set is packed from (`records.place_of`).
     """
 
     annotations: str
@@ -80,6 +81,7 @@ class Task:
     lines: np.ndarray
     path: str
     report: str
+    pack: str
 
 
 def sampling_grid(frames: int, fps: float, rate: float | None) -> np.ndarray:
@@ -207,7 +209,8 @@ def write_shard(task: Task, tick: Callable[[int], None]) -> dict[str, Any]:
                 except UserError as error:
                     raise UserError(f"{task.annotations}:{sample.line}: {error}") from error
                 else:
-                    write(records.serialize(record))
+                    place = records.place_of(task.pack, report["file"], report["samples"])
+                    write(records.serialize(dataclasses.replace(record, place=place)))
                     report["samples"] += 1
                     report["instances"] += len(record.instance_ids)
                     report["frames"] += len(record.frame_index)
