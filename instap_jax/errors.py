@@ -1,6 +1,7 @@
-"""The one exception type that stands for a fault the user can mend, and the exit codes."""
+"""What ends a verb early, and the exit codes."""
 
 EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the same command, started again, goes on
 EXIT_INTERRUPTED = 130
 
 
@@ -10,3 +11,17 @@ class UserError(Exception):
     The console command prints its message as one line and exits with code 2. The message names
     what is wrong, where (file and line, or key), and what to do about it.
     """
+
+
+class Preempted(KeyboardInterrupt):
+    """The machine is about to be taken away (SIGTERM), and what could be saved is saved."""
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of a verb that `error` ended."""
+    codes = {
+        UserError: EXIT_USER_ERROR,
+        Preempted: EXIT_PREEMPTED,
+        KeyboardInterrupt: EXIT_INTERRUPTED,
+    }
+    return next((code for kind, code in codes.items() if isinstance(error, kind)), 1)

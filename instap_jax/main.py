@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from absl import flags, logging
 
 from instap_jax import __version__
-from instap_jax.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from instap_jax.errors import EXIT_USER_ERROR, Preempted, UserError, exit_code
 
 # Verb -> one line of help. The module is `instap_jax.commands.<verb>` ('import_', as Python keeps
 # that word for itself). It has `define_flags(values: flags.FlagValues)` and
@@ -27,6 +27,7 @@ VERBS = {
     "import": "turn COCO, Visual Genome, MOT, YouTube-VIS, UMT, Kinetics annotations into ours",
     "pack": "annotations and media -> sharded ArrayRecord (a TFDS directory)",
     "tokenizer": "train a sentencepiece vocabulary on an annotation file",
+    "preflight": "try all that a run needs before its pod is held: hosts, storage, data, a step",
     "train": "train any stage",
     "compile": "compile a stage for TPU pods without one: memory, traffic, estimated time",
     "replay": "the step that stopped a run by a NaN or inf, computed again part by part",
@@ -40,7 +41,11 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit code: 0 done, 2 a fault of the input, 130 Ctrl-C."""
+    """Runs one verb and returns the exit code.
+
+    0 done; 2 a fault of the input: the same command would meet it again; 75 preempted and saved:
+    start it again; 130 Ctrl-C.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_usage())
@@ -52,10 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(argv[0], argv[1:])
     except UserError as error:
         print(f"instap {argv[0]}: {_one_line(error)}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print(f"instap {argv[0]}: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return exit_code(error)
+    except KeyboardInterrupt as error:
+        how = "preempted" if isinstance(error, Preempted) else "interrupted"
+        print(f"instap {argv[0]}: {how}", file=sys.stderr)
+        return exit_code(error)
 
 
 def _run(verb: str, args: list[str]) -> int:

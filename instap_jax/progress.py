@@ -17,6 +17,13 @@ class Progress:
       stream: where to print; standard error by default, so that results stay pipeable.
     """
 
+    _silent = False
+
+    @classmethod
+    def silence(cls) -> None:
+        """Nothing is printed by this process any more: of several, one speaks."""
+        cls._silent = True
+
     def __init__(
         self,
         label: str,
@@ -54,7 +61,7 @@ class Progress:
         rate = self._count / max(elapsed, 1e-9)
         line = f"{self._label}  {self._count} {self._unit} in {_span(elapsed)}  {_rate(rate)}"
         self._print(line)
-        if self._terminal:
+        if self._terminal and not self._silent:
             print(file=self._stream, flush=True)
 
     def _line(self, now: float, note: str) -> str:
@@ -69,6 +76,8 @@ class Progress:
         return f"{line}  {note}".rstrip()
 
     def _print(self, line: str) -> None:
+        if self._silent:
+            return
         if self._terminal:
             print("\r" + line.ljust(self._width), end="", file=self._stream, flush=True)
             self._width = len(line)

@@ -72,5 +72,5 @@ def run(values: flags.FlagValues) -> None:
 
     options = {field.name: values[field.name].value for field in dataclasses.fields(Options)}
     suites = parse_suites(values["videos"].value, values["images"].value)
-    distributed.initialize(config.distributed)
-    evaluate(workdir, values["task"].value, suites, Options(**options))
+    with distributed.joined(config.distributed):
+        evaluate(workdir, values["task"].value, suites, Options(**options))

@@ -20,13 +20,15 @@ def run(values: flags.FlagValues) -> None:
 def start(loaded: config_check.LoadedConfig, directory: str) -> Path:
     """Trains to the end, fresh or resumed, and returns the workdir."""
     workdir = config_check.local_workdir(directory)
-    config_check.record(loaded, workdir)
+    config_check.check_workdir(loaded.config, workdir)
     # Only now JAX: a wrong key or path has already been reported.
-    with StopRequest() as stop:
+    with StopRequest(hold=False) as stop:
         from instap_jax import distributed
         from instap_jax.evaluation.validation import make_validate
         from instap_jax.train.loop import train
 
-        distributed.initialize(loaded.config.distributed)
-        train(loaded.config, workdir, stop, make_validate)
+        with distributed.joined(loaded.config.distributed):
+            distributed.first(lambda: config_check.record(loaded, workdir))
+            distributed.check_shared(workdir / "config.json")
+            train(loaded.config, workdir, stop, make_validate)
     return workdir

@@ -77,7 +77,13 @@ class Feed:
       mesh: where batches go.
       start_step: number of the first step, which the schedule of kinds counts from.
       state: of an earlier `Fed.state`, to go on exactly after that batch.
+
+    Attributes:
+      fault: why the run must end, once too many of this process's samples could not be read. Other
+        processes have to end at the same step, so that the loop raises it and not the feed.
     """
+
+    fault: UserError | None = None
 
     def __init__(self, config: ConfigDict, mesh: Mesh, *, start_step: int, state: dict | None):
         self._config = config
@@ -130,7 +136,10 @@ class Feed:
         kind = kind_of_step(self._config, self._step)
         batch = next(self._loaders[kind])
         self._monitors[kind].update(batch)
-        self._monitors[kind].check(self._config.data.max_fault_rate)
+        try:
+            self._monitors[kind].check(self._config.data.max_fault_rate)
+        except UserError as error:
+            self.fault = self.fault or error
         self._states = self._states | {kind: self._loaders[kind].get_state()}
         self._step += 1
         placed = jax.tree.map(lambda array: sharding.place_rows(array, self._mesh), batch)

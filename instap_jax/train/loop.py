@@ -28,12 +28,13 @@ from instap_jax.train.feed import Fed, Feed
 from instap_jax.train.guard import Alarm, Guard
 from instap_jax.train.initialise import initial_params, load_frozen
 from instap_jax.train.metrics import MetricWriter
+from instap_jax.train.peers import Agreement, Watchdog
 from instap_jax.train.profiling import Tracer, use_compile_cache
 from instap_jax.train.program import Program, build_program
 from instap_jax.train.saving import Checkpointer
 from instap_jax.train.selection import MakeValidate, Selection
 from instap_jax.train.state import TrainState
-from instap_jax.train.stop import StopRequest
+from instap_jax.train.stop import Ask, StopRequest
 
 
 def train(
@@ -56,7 +57,8 @@ def train(
 
     Raises:
       UserError: for faults of the input: data, teacher, checkpoint, non-finite loss.
-      KeyboardInterrupt: when `stop` asked; a single process has saved the step it stopped after.
+      KeyboardInterrupt: when `stop` of any process asked (`errors.Preempted` for SIGTERM); all
+        have saved the same step.
     """
     mesh = sharding.make_mesh(config.mesh)
     use_compile_cache(config, workdir, mesh)
@@ -75,7 +77,9 @@ def train(
         except KeyboardInterrupt:
             checkpointer.wait()  # for a save in progress
             step = checkpointer.latest_step()
-            print(f"\nstopped; the same command goes on from step {step or 0}", file=sys.stderr)
+            if _is_main():
+                line = f"\nstopped; the same command goes on from step {step or 0}"
+                print(line, file=sys.stderr)
             raise
         finally:
             checkpointer.close()
@@ -95,12 +99,11 @@ def _run(
     start = int(state.step)
     last = min(config.steps, config.stop_at or config.steps)
     if start >= last:
-        print(f"{workdir}: already trained to step {start}")
+        if _is_main():
+            print(f"{workdir}: already trained to step {start}")
         return state
     if _is_main():
         print(_summary(config, mesh, state, start, last))
-    if stop:
-        raise KeyboardInterrupt
     feed = Feed(config, mesh, start_step=start, state=kept)
     writer = MetricWriter(workdir, config, resume_step=start) if _is_main() else None
     guard = Guard(config, kept.get("guard") if kept else None)
@@ -135,6 +138,7 @@ class _Run:
         self._inputs = inputs.identify(config)
         self._flops: dict = {}
         self._clock = StepClock()
+        self._agreement = Agreement(mesh)
 
     def steps(self, state: TrainState, frozen: nnx.State, start: int, last: int) -> TrainState:
         pending = None  # metrics are read one step late, so that the device never waits for us
@@ -142,6 +146,7 @@ class _Run:
         with (
             Progress(label, last - start, unit="steps") as progress,
             Tracer(self._config.log.profile, self._workdir) as tracer,
+            Watchdog(self._config.distributed.step_timeout) as watchdog,
         ):
             for step in range(start + 1, last + 1):
                 waited = time.perf_counter()
@@ -150,13 +155,17 @@ class _Run:
                 self._measure_flops(state, frozen, fed)
                 self._checkpointer.check()
                 state, metrics = tracer.step(step, self._program.step, state, frozen, fed.batch)
+                self._stop.hold()  # from here on there is something to save
+                asked = self._agreement.exchange(
+                    Ask.FAULT if self._feed.fault else self._stop.asked
+                )
+                if asked is Ask.FAULT:
+                    raise self._feed.fault or UserError("stopped: another process says why")
                 if pending:
                     progress.update(note=self._finish(*pending, state))
                 pending = (step, metrics, fed)
                 validate = self._selection.due(step)
-                stop = bool(self._stop)  # read once: it may turn true at any moment
-                # Several processes may not have been asked at the same step: no extra save then.
-                force = step == last or (stop and jax.process_count() == 1)
+                force = step == last or asked is not Ask.NOTHING
                 save = force or self._checkpointer.due(step)
                 if validate or save:  # what is measured or saved is known to be finite
                     progress.update(note=self._finish(*pending, state))
@@ -165,8 +174,9 @@ class _Run:
                     self._validate(state, step)
                 if save:
                     self._save(state, step, fed, wait=force)
-                if stop:
-                    raise KeyboardInterrupt
+                if asked is not Ask.NOTHING and step < last:
+                    asked.raise_()
+                watchdog.step()
         return state
 
     def _finish(self, step: int, metrics, fed: Fed, state: TrainState) -> str:

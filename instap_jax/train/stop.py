@@ -1,45 +1,93 @@
 """Ctrl-C and SIGTERM end a run between two steps, with a checkpoint, not in the middle of one.
 
-Python's own KeyboardInterrupt may be raised anywhere, also inside JAX's garbage-collection
-callback, where it is printed and lost. A flag that the loop reads is never lost.
+Python runs signal handlers in the main thread only, between two of its own instructions: not while
+XLA compiles or a device is waited for, which may take many minutes. What the system itself writes
+to a pipe at a signal, a thread of ours reads at once.
 """
 
+import enum
+import os
 import signal
+import socket
 import sys
 import threading
 
+from instap_jax.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, Preempted
+
+
+class Ask(enum.IntEnum):
+    """Why a process asks for the end of the run; of several reasons the largest counts."""
+
+    NOTHING = 0
+    PREEMPTED = 1  # SIGTERM: what Cloud TPU, GKE and Slurm send before they take a machine
+    INTERRUPTED = 2  # Ctrl-C
+    FAULT = 3  # of this process's data: not saved
+
+    def raise_(self) -> None:
+        """Raises what ends the run with the right exit code."""
+        raise KeyboardInterrupt if self is Ask.INTERRUPTED else Preempted
+
+
+_SIGNALS = {signal.SIGTERM: Ask.PREEMPTED, signal.SIGINT: Ask.INTERRUPTED}
+_CODES = {Ask.PREEMPTED: EXIT_PREEMPTED, Ask.INTERRUPTED: EXIT_INTERRUPTED}
+
 
 class StopRequest:
-    """Context in which the first signal is remembered and a second one interrupts at once.
+    """Context in which a signal is remembered until the step ends, and a second one ends at once.
 
     Outside the main thread (a notebook's, a test's) signals are left as they are.
+
+    Args:
+      hold: False where there is nothing to save yet, as while the first step compiles: the first
+        signal, too, then ends the process at once, until `hold` is called.
+
+    Attributes:
+      asked: what the process was asked for so far.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self):
-        self._asked = False
+    def __init__(self, *, hold: bool = True):
+        self.asked = Ask.NOTHING
+        self._holds = hold
         self._before: dict[int, object] = {}
+
+    def __bool__(self) -> bool:
+        return self.asked is not Ask.NOTHING
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.getsignal(number) for number in self.SIGNALS}
-            for number in self.SIGNALS:
-                signal.signal(number, self._handle)
+            self._read, self._write = socket.socketpair()
+            self._write.setblocking(False)
+            self._wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+            for number in _SIGNALS:
+                self._before[number] = signal.signal(number, lambda *_: None)
+            threading.Thread(target=self._watch, daemon=True, name="signals").start()
         return self
 
     def __exit__(self, *exc) -> None:
+        if not self._before:
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        self._write.close()  # which ends the thread
 
-    def __bool__(self) -> bool:
-        """Whether the run was asked to stop."""
-        return self._asked
+    def hold(self) -> None:
+        """From now on a first signal waits for the end of the step."""
+        self._holds = True
 
-    def _handle(self, number: int, frame) -> None:
-        del frame
-        if self._asked:
-            raise KeyboardInterrupt
-        self._asked = True
-        name = signal.Signals(number).name
-        print(f"\n{name}: stopping at the end of the step; once more: at once", file=sys.stderr)
+    def _watch(self) -> None:
+        while numbers := self._read.recv(1):
+            if numbers[0] in _SIGNALS:
+                self._signal(signal.Signals(numbers[0]))
+
+    def _signal(self, number: signal.Signals) -> None:
+        again, ask = bool(self), _SIGNALS[number]
+        self.asked = max(self.asked, ask)
+        what = "at once"
+        if self._holds and not again:
+            what = "stopping at the end of the step; once more: at once"
+        elif not again:
+            what = "nothing to save yet"
+        print(f"\n{number.name}: {what}", file=sys.stderr, flush=True)
+        if again or not self._holds:
+            os._exit(_CODES[ask])  # the main thread may not answer
