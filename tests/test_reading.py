@@ -194,3 +194,10 @@ def test_errors_come_in_the_place_of_their_batch():
             next(batches)
     with reader(bad={0: "mend"}, workers=0) as batches, pytest.raises(UserError, match="mend"):
         next(batches)
+
+
+def test_no_thread_outlives_a_closed_reader():
+    before = set(threading.enumerate())
+    with reader(lambda *batch: time.sleep(0.5) or Toy()(*batch), workers=0, prefetch=3) as made:
+        next(made)
+    assert set(threading.enumerate()) <= before

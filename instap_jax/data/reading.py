@@ -39,6 +39,7 @@ from instap_jax.types import Batch, Fault
 Begin = Callable[[int], Fault]
 Read = Callable[[Sequence[GroupRef], np.ndarray, Begin], Batch]
 
+_LEAVE = 15.0  # seconds for a thread to finish its batch when the reader is closed
 _TICK = 0.25  # seconds between looks at workers that have sent nothing
 _POSITION_BITS = 24  # of a progress mark: the sample within the batch; above them, the batch
 _HELD = 2  # batches that the consumer may hold while every other place is being filled
@@ -161,6 +162,8 @@ class Reader:
         finally:
             for worker in workers:
                 worker.kill()
+            for worker in workers:
+                worker.leave()
             with self._changed:
                 self._end = self._end or end
                 self._changed.notify_all()
@@ -296,6 +299,9 @@ class _Worker:
         with contextlib.suppress(OSError):  # a dead worker is noticed where its answer is read
             self.pipe.send((job.number, job.groups, job.place, job.faults))
 
+    def leave(self) -> None:
+        """Waits for the end that `kill` has asked for, where it could only ask."""
+
     def waited(self, memory: "_Memory") -> float:
         """Seconds since it went on to the next sample, not counting those that nobody ran in."""
         mark, now = int(memory.marks[self.index]), time.monotonic()
@@ -344,13 +350,18 @@ class _Thread(_Worker):
         super().__init__(index, ours)
         self.name = "thread"
         arguments = theirs, read, memory, shape, index
-        threading.Thread(target=_work, args=arguments, daemon=True).start()
+        self._thread = threading.Thread(target=_work, args=arguments, daemon=True)
+        self._thread.start()
 
     def why_dead(self) -> str:
         return "ended"
 
     def kill(self) -> None:
         self.pipe.close()  # it ends when it next looks at the pipe
+
+    def leave(self) -> None:
+        # One that is still within a record reader when the interpreter ends aborts the process.
+        self._thread.join(timeout=_LEAVE)
 
 
 def _work_in_process(*arguments) -> None:
