@@ -22,8 +22,13 @@ from instap_jax.errors import UserError
 from instap_jax.types import Kind
 
 MAX_SIDE = 16_384  # pixels
-MAX_PIXELS = 100_000_000  # of one frame
+MAX_PIXELS = 100_000_000  # of a still
+# Of a frame of a clip: 8192x4352. A decoder holds up to 17 frames, 54 MB each with 4:2:0 colour.
+MAX_CLIP_PIXELS = 36_000_000
 MAX_FRAMES = 1_000_000  # of one clip: nine hours at 30 frames/s
+# Of all frames of a clip together, nearly two hours of 1080p at 30 frames/s: a small file can say
+# "the same again" a million times, and each costs the time of a whole frame.
+MAX_DECODED_PIXELS = 4 * 10**11
 
 # Named, so that neither a play list (which may open other files or addresses) nor one of Pillow's
 # formats that call other programs is ever tried on a file from outside.
@@ -266,8 +271,7 @@ class _Clip:
                 continue
             read += 1
             self.shown += not packet.is_discard
-            if self.shown > MAX_FRAMES:
-                raise MediaError(f"more than {MAX_FRAMES} frames")
+            _check_length(self.shown, self.stream)
             yield packet
         # Fewer packets than the header says is also what an edit list that drops the end looks
         # like; but then the dropped ones still lie in the file, behind the last one read.
@@ -305,6 +309,8 @@ def _open_clip(media: Path | bytes) -> Iterator[_Clip]:
     # 'file:' keeps a path such as 'concat:a|b' from being read as an address.
     source = f"file:{media}" if isinstance(media, Path) else io.BytesIO(media)
     options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
+    # Decoders refuse a larger frame before they take memory for it, whatever the container says.
+    options["max_pixels"] = str(MAX_CLIP_PIXELS)
     try:
         container = av.open(source, options=options)
     except av.error.PermissionError:
@@ -315,9 +321,9 @@ def _open_clip(media: Path | bytes) -> Iterator[_Clip]:
         stream = next(iter(container.streams.video), None)
         if stream is None or stream.codec_context is None:
             raise MediaError("no decodable video stream")
-        _check_size(stream.codec_context.height, stream.codec_context.width)
-        if stream.frames > MAX_FRAMES:
-            raise MediaError(f"{stream.frames} frames, more than {MAX_FRAMES}")
+        _check_size(stream.codec_context.height, stream.codec_context.width, MAX_CLIP_PIXELS)
+        _check_length(stream.frames, stream)
+        stream.codec_context.options = {"max_pixels": options["max_pixels"]}
         # One thread: the workers around us already use every core, one clip each.
         stream.codec_context.thread_count = 1
         yield _Clip(container, stream)
@@ -327,13 +333,26 @@ def _open_still(media: Path | bytes, formats: Sequence[str] = _STILLS) -> Image.
     if isinstance(media, Path) and not media.is_file():
         raise MediaError("not a file" if media.exists() else "no such file")
     image = Image.open(media if isinstance(media, Path) else io.BytesIO(media), formats=formats)
-    _check_size(image.height, image.width)
+    _check_size(image.height, image.width, MAX_PIXELS)
     return image
 
 
-def _check_size(height: int, width: int) -> None:
-    if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE) or height * width > MAX_PIXELS:
-        raise MediaError(f"frame size {width}x{height} is beyond {MAX_SIDE} a side or 100 Mpix")
+def _check_size(height: int, width: int, pixels: int) -> None:
+    if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE) or height * width > pixels:
+        raise MediaError(
+            f"frame size {width}x{height} is beyond {MAX_SIDE} a side or {pixels // 10**6} Mpix"
+        )
+
+
+def _check_length(frames: int, stream: av.VideoStream) -> None:
+    if frames > MAX_FRAMES:
+        raise MediaError(f"{frames} frames, more than {MAX_FRAMES}")
+    size = stream.codec_context.height * stream.codec_context.width
+    if frames * size > MAX_DECODED_PIXELS:
+        raise MediaError(
+            f"{frames} frames of {size / 1e6:.1f} Mpix, more than "
+            f"{MAX_DECODED_PIXELS // 10**9} Gpix in all"
+        )
 
 
 def _to_array(frame: av.VideoFrame, short_side: int | None) -> np.ndarray:

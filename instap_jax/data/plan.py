@@ -63,7 +63,7 @@ def _line_offsets(path: str) -> tuple[array, str]:
     offsets, position, digest = array("q"), 0, hashlib.sha256()
     try:
         with open(path, "rb") as file:
-            for raw in file:
+            for raw in schema.lines_of(file, path):
                 mark = 3 if not offsets and raw.startswith(b"\xef\xbb\xbf") else 0
                 offsets.append(position + mark)
                 position += len(raw)

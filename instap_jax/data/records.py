@@ -9,6 +9,7 @@ import difflib
 import functools
 import itertools
 import json
+import math
 import os
 import zlib
 from typing import Any
@@ -38,6 +39,8 @@ FEATURES = tfds.features.FeaturesDict(
         "present": tfds.features.Tensor(shape=(None, None), dtype=np.bool_, encoding="zlib"),
     }
 )
+
+_MAX_INFLATED = 1 << 27  # bytes; `pack` stores no more than half of it
 
 _SERIALIZER = ExampleSerializer(FEATURES.get_serialized_info())
 
@@ -122,9 +125,15 @@ def parse_example(data: bytes) -> dict[str, Any]:
         "frame_index": np.array(feature["frame_index"].int64_list.value, np.int32),
     }
     for name in ("boxes", "present"):
-        values = zlib.decompress(feature[f"{name}/value"].bytes_list.value[0])
         shape = feature[f"{name}/shape"].int64_list.value
-        example[name] = np.frombuffer(values, FEATURES[name].np_dtype).reshape(shape)
+        dtype = FEATURES[name].np_dtype
+        # No more than the shape says: a few bytes can inflate to gigabytes.
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        if not 0 <= size <= _MAX_INFLATED:
+            raise ValueError(f"{name} of shape {list(shape)}")
+        inflate = zlib.decompressobj()
+        values = inflate.decompress(feature[f"{name}/value"].bytes_list.value[0], size + 1)
+        example[name] = np.frombuffer(values, dtype).reshape(shape)
     return example
 
 

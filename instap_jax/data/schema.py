@@ -5,11 +5,12 @@ leaves the root) says that the file is not what the user thinks it is: `UserErro
 of one sample (a box outside the frame, an empty caption) is listed and costs only that sample.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from instap_jax.errors import UserError
 from instap_jax.types import Instance, Kind, Sample
 
 MAX_CAPTION_WORDS = 1000
+MAX_CAPTION_CHARACTERS = 20_000
+MAX_LINE_BYTES = 64 << 20
 BOX_FORMATS = ("xyxy_pixels", "xywh_pixels", "xyxy_unit")
 # A box may lie outside the frame by this fraction of the side: rounding of the annotation tool.
 # It is clipped; further out, box and picture do not belong together.
@@ -46,8 +49,8 @@ def read_annotations(path: Path | str) -> Iterator[Sample]:
     path = Path(path)
     empty = True
     try:
-        with path.open("rb") as lines:
-            for number, raw in enumerate(lines, start=1):
+        with path.open("rb") as file:
+            for number, raw in enumerate(lines_of(file, path), start=1):
                 if number == 1:
                     raw = raw.removeprefix(b"\xef\xbb\xbf")  # some editors' byte-order mark
                 if raw.strip():
@@ -57,6 +60,21 @@ def read_annotations(path: Path | str) -> Iterator[Sample]:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     if empty:
         raise UserError(f"{path}: empty annotation file: no line holds a sample")
+
+
+def lines_of(file: BinaryIO, path: Path | str) -> Iterator[bytes]:
+    """Yields the lines of an annotation file; none so long that it fills the memory.
+
+    Raises:
+      UserError: a line is longer than `MAX_LINE_BYTES`.
+    """
+    for number in itertools.count(1):
+        raw = file.readline(MAX_LINE_BYTES + 1)
+        if len(raw) > MAX_LINE_BYTES:
+            raise UserError(f"{path}:{number}: the line is longer than {MAX_LINE_BYTES >> 20} MiB")
+        if not raw:
+            return
+        yield raw
 
 
 def parse_line(raw: bytes, where: str, number: int) -> Sample:
@@ -345,6 +363,9 @@ def _check_captions(captions: Sequence[str]) -> list[str]:
     words = max(len(text.split()) for text in captions)
     if words > MAX_CAPTION_WORDS:
         return [f"caption of {words} words, more than {MAX_CAPTION_WORDS}"]
+    characters = max(map(len, captions))
+    if characters > MAX_CAPTION_CHARACTERS:
+        return [f"caption of {characters} characters, more than {MAX_CAPTION_CHARACTERS}"]
     return []
 
 

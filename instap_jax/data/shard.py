@@ -24,6 +24,8 @@ from instap_jax.types import Kind, Record, Sample
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _MAX_RECORD_BYTES = 1 << 30  # a protocol buffer ends at 2 GiB; a loader holds many records
 
+# Instances times stored frames: 64 MB of boxes. Few lines of text can ask for far more.
+_MAX_BOXES = 4_000_000
 _HELD_FRAMES = 512  # decoded frames of a clip held at once: 180 MB at 256x456
 
 
@@ -108,6 +110,11 @@ def make_record(sample: Sample, media_root: str, options: Options) -> Record:
     if reasons := schema.check_sample(sample, info):
         raise Reject("; ".join(reasons))
     index = sampling_grid(info.frames, info.fps, options.rate)
+    if len(sample.instances) * len(index) > _MAX_BOXES:
+        raise Reject(
+            f"{len(sample.instances)} instances on {len(index)} frames: more than {_MAX_BOXES} "
+            "boxes; lower the rate or cut it"
+        )
     encoding = "jpeg" if sample.kind is Kind.IMAGE else options.encoding
     files, size = _encode(path, sample.kind, encoding, index, options)
     boxes, present = schema.boxes_on_grid(sample, index, info)

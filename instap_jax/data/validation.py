@@ -11,6 +11,7 @@ from pathlib import Path
 
 from instap_jax.data import media, schema
 from instap_jax.data.captions import split_sentences
+from instap_jax.data.processes import SAMPLE_SECONDS, exit_after, exit_with_parent
 from instap_jax.errors import UserError
 from instap_jax.types import Kind, Sample
 
@@ -127,7 +128,7 @@ def _examined(annotations: Path, root: Path) -> Iterator[_Examined]:
     workers = len(os.sched_getaffinity(0))
     # spawn: a fork of a process that has threads (a decoder's, JAX's) can hang.
     with concurrent.futures.ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn")
+        workers, multiprocessing.get_context("spawn"), initializer=exit_with_parent
     ) as pool:
         yield from _in_order(pool, jobs, window=8 * workers)
 
@@ -139,6 +140,14 @@ def _jobs(annotations: Path, root: Path) -> Iterator[tuple[Sample, Path]]:
         except UserError as error:
             raise UserError(f"{annotations}:{sample.line}: {error}") from error
         yield sample, path
+
+
+def _examine_in_process(sample: Sample, path: Path) -> _Examined:
+    exit_after(SAMPLE_SECONDS)
+    try:
+        return _examine(sample, path)
+    finally:
+        exit_after(0)
 
 
 def _examine(sample: Sample, path: Path) -> _Examined:
@@ -156,7 +165,7 @@ def _in_order(
     pending: collections.deque = collections.deque()
     try:
         for job in jobs:
-            pending.append((job[0].line, pool.submit(_examine, *job)))
+            pending.append((job[0].line, pool.submit(_examine_in_process, *job)))
             if len(pending) >= window:
                 yield pending.popleft()[1].result()
         while pending:
@@ -164,8 +173,8 @@ def _in_order(
     except BrokenProcessPool as error:
         lines = f"{pending[0][0] - 1}-{pending[-1][0]}" if pending else "the last ones"
         raise UserError(
-            f"a process died while decoding the media of one of the lines {lines} "
-            "(out of memory, or a file that crashes the decoder)"
+            f"a process died while decoding the media of one of the lines {lines} (out of "
+            f"memory, or a file that crashes the decoder or keeps it for {SAMPLE_SECONDS} s)"
         ) from error
     finally:
         for _, future in pending:

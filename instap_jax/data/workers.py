@@ -5,7 +5,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 
-from instap_jax.data.processes import exit_with_parent
+from instap_jax.data.processes import SAMPLE_SECONDS, exit_after, exit_with_parent
 from instap_jax.data.shard import Task, write_shard
 from instap_jax.progress import Progress
 
@@ -45,6 +45,7 @@ class _Link:
         """Called in a worker before every sample, and with line 0 after a shard."""
         self.lines[self._worker] = line
         self.begun[self._worker] += bool(line)
+        exit_after(SAMPLE_SECONDS if line else 0)
         if self.stop[0]:
             raise _Stopped
 
@@ -82,7 +83,8 @@ def write_shards(
     except futures.process.BrokenProcessPool as error:
         lines = ", ".join(str(line) for line in sorted(link.lines) if line)
         raise WorkerDied(
-            "a worker process died (out of memory, or killed, or a file that crashes the decoder)"
+            "a worker process died (out of memory, or killed, or a file that crashes the decoder "
+            f"or keeps it for more than {SAMPLE_SECONDS} s)"
             + (f"; annotation lines being packed: {lines}" if lines else "")
         ) from error
     finally:

@@ -4,12 +4,12 @@ import contextlib
 import functools
 import json
 import multiprocessing
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from instap_jax.aside import written_aside
+from instap_jax.data.processes import exit_with_parent
 from instap_jax.data.schema import sample_to_json
 from instap_jax.data.synthetic.samples import Drawn, Format, Suite, draw_sample
 from instap_jax.errors import UserError
@@ -94,7 +94,7 @@ def generate(
         raise UserError(f"--seed={seed}: a seed is 0 or more")
     if processes < 1:
         raise UserError(f"--processes={processes}: expected 1 or more")
-    with _written_aside(out) as root:
+    with written_aside(out, "--out") as root:
         for folder in ("videos", "images"):
             (root / "media" / folder).mkdir(parents=True)
         with (root / "annotations.jsonl").open("w", encoding="utf-8") as annotations:
@@ -142,27 +142,8 @@ def _pool(processes: int, tasks: int):
         return
     # Spawned, not forked: the caller may have threads (a test that has imported JAX has).
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, mp_context=context)
+    pool = ProcessPoolExecutor(processes, context, initializer=exit_with_parent)
     try:
         yield functools.partial(pool.map, chunksize=_CHUNK)
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _written_aside(out: Path) -> Iterator[Path]:
-    """A sibling of `out` that becomes `out` at the end, or vanishes where something fails."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out={out}: exists and is not an empty directory; name another")
-    aside = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    try:
-        aside.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--out={out}: cannot be written: {error.strerror}") from error
-    try:
-        yield aside
-        os.replace(aside, out)
-    except OSError as error:
-        raise UserError(f"--out={out}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
