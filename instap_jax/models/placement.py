@@ -35,7 +35,8 @@ def gathered(param: nnx.Param, dtype: Any) -> Array:
     value = param[...]
     if data_ways() == 1:
         return value.astype(dtype)
-    split = sharding.RULES.spec(param.get_metadata().get("logical_axes", ()), value.ndim)
+    axes, mesh = param.get_metadata().get("logical_axes", ()), jax.sharding.get_abstract_mesh()
+    split = sharding.RULES.spec(axes, value.shape, mesh)
     return _gather(value, dtype, split)
 
 
