@@ -9,7 +9,7 @@
 # the exit code; ssh to many hosts gives back only one.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
-pid_file=~/.instap.pid
+pid_file="${TMPDIR:-/tmp}/instap-$(id -u).pid" # gone after a reboot, as the process is
 host=$(hostname)
 
 # The process group of the run, if it is alive.
@@ -55,7 +55,6 @@ case "${1:-}" in
     setsid --wait bash -c 'echo $$ >"$0"; exec .venv/bin/instap "$@"' "$pid_file" "$@" 2>&1 |
       tee -a ~/instap.log | sed --unbuffered "s/^/[$host] /"
     code=${PIPESTATUS[0]}
-    rm -f "$pid_file"
     echo "[$host] exit code $code, checkpoint $(newest "$@")"
     exit "$code"
     ;;

@@ -438,3 +438,65 @@ def test_what_is_no_slice_is_one_line(name, capsys):
 @pytest.mark.parametrize("script", sorted(path.name for path in LAUNCH.glob("*.sh")))
 def test_shell_scripts_parse(script):
     assert subprocess.run(["bash", "-n", LAUNCH / script]).returncode == 0
+
+
+# --- a host of a slice
+
+
+@pytest.fixture
+def a_host(tmp_path):
+    """Calls host.sh with a home of its own, where `instap` is a script of the test's."""
+    root = tmp_path / "instap"
+    (root / ".venv" / "bin").mkdir(parents=True)
+    (root / "launch").mkdir()
+    (root / "launch" / "host.sh").write_text((LAUNCH / "host.sh").read_text())
+
+    def call(*words, script=None):
+        program = root / ".venv" / "bin" / "instap"
+        if script is not None:
+            program.write_text(f"#!{sys.executable}\n{script}")
+            program.chmod(0o755)
+        return subprocess.Popen(
+            ["bash", root / "launch" / "host.sh", *words],
+            env=os.environ | {"HOME": str(tmp_path), "TMPDIR": str(tmp_path)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    return call
+
+
+def test_host_says_its_checkpoints_and_its_exit_code(a_host, tmp_path):
+    script = (
+        "import sys, os\nprint(sys.argv[1:])\n"
+        "os.mkdir(sys.argv[-1][10:] + '/checkpoints/30')\nsys.exit(75)"
+    )
+    (tmp_path / "my run" / "checkpoints" / "9").mkdir(parents=True)
+    (tmp_path / "my run" / "checkpoints" / "20").mkdir()
+    run = a_host("run", "train", f"--workdir={tmp_path}/my run", script=script)
+    lines = run.communicate()[0].splitlines()
+    assert run.returncode == 75
+    assert tpu._START.match(lines[0])[1] == "20"
+    assert lines[1].endswith(f"['train', '--workdir={tmp_path}/my run']")
+    assert tpu._EXIT.match(lines[2]).groups()[1:] == ("75", "30")
+    assert str(tmp_path) in (tmp_path / "instap.log").read_text()
+
+
+WAITS = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *a: sys.exit(75))
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", ["stop", "run"])
+def test_host_ends_what_runs_when_asked_and_before_another_start(a_host, how):
+    first = a_host("run", "train", script=WAITS)
+    assert "start from" in first.stdout.readline() and "ready" in first.stdout.readline()
+    second = a_host("run", "train", script="print('second')") if how == "run" else a_host("stop")
+    assert second.wait(timeout=30) == 0
+    assert first.wait(timeout=30) == 75
+    assert "exit code 75" in first.stdout.read()
+    if how == "run":
+        assert "second" in second.stdout.read()
