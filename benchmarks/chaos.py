@@ -1,11 +1,12 @@
 """Kills, failing storage and long runs: does a training lose anything?
 
-    python benchmarks/chaos.py --out=DIR [--parts=kills,pod,writes,disk,soak] [--kills=200]
+    python benchmarks/chaos.py --out=DIR [--parts=kills,pod,...] [--kills=200]
 
 Every part writes DIR/PART.json as it goes and is taken up where it stopped; DIR/report.md has them
 all. `docs/reliability.md` says what the parts do and what they found.
   kills   SIGKILL at random moments of tiny trainings of both stages
   pod     the same to one process of a pod of two
+  layouts trainings that go on, on 8, 4, 2 and 1 devices
   writes  every file operation of a save fails (needs a C compiler)
   disk    a full, a read-only and a vanished file system (needs the right to mount)
   soak    memory and open files over 5,000 steps
@@ -286,6 +287,41 @@ def part_pod(trainings: Trainings, args: argparse.Namespace) -> None:
             progress.update(len(kills))
 
 
+def part_layouts(trainings: Trainings, args: argparse.Namespace) -> None:
+    """A quarter of the steps on each layout; batches are the same, losses to rounding."""
+    del args
+    results = {}
+    for stage in STAGES:
+        alone = {"data__group_size": 1, "evaluation__every": None}
+        whole, _ = trainings.whole(stage, f"whole-{stage}-alone", **alone)
+        workdir = trainings.out / f"moved-{stage}"
+        remove(workdir)
+        for attempt, devices in enumerate((8, 4, 2, 1)):
+            process = trainings.start(
+                stage,
+                workdir,
+                attempt,
+                {"CHAOS_DEVICES": str(devices)},
+                stop_at=STEPS * (attempt + 1) // 4,
+                data__workers=attempt % 2,
+                **alone,
+            )
+            process.join()
+            if process.exitcode:
+                raise SystemExit(f"{workdir} failed: {notes_of(workdir)}/output.log")
+        found = compare(workdir, whole)
+        losses = [
+            [line["loss"] for line in lines(run / "metrics.jsonl")] for run in (workdir, whole)
+        ]
+        results[stage] = {name: found[name] for name in ("wrong_batches", "lost_batches")} | {
+            "steps": len(losses[0]),
+            "largest_relative_difference_of_the_loss": max(
+                abs(a - b) / abs(b) for a, b in zip(*losses, strict=True)
+            ),
+        }
+        write(trainings.out / "layouts.json", results)
+
+
 def part_soak(trainings: Trainings, args: argparse.Namespace) -> None:
     workdir = trainings.out / "soak"
     remove(workdir)
@@ -352,7 +388,7 @@ def report(out: Path) -> str:
             known = [end for end in ends if end is not None]
             text.append(f"| longest time to the survivor's end | {max(known, default=0):.0f} s |")
         text.append("")
-    for part in ("writes", "disk", "soak"):
+    for part in ("layouts", "writes", "disk", "soak"):
         if (out / f"{part}.json").exists():
             content = (out / f"{part}.json").read_text()
             text.append(f"## {part}\n\n```json\n{content}```\n")
@@ -364,12 +400,12 @@ def report(out: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="directory of results")
-    parser.add_argument("--parts", default="kills,pod,writes,disk,soak")
+    parser.add_argument("--parts", default="kills,pod,layouts,writes,disk,soak")
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--pod_kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=5000, help="of the soak")
     args = parser.parse_args()
-    parts = {"kills": part_kills, "pod": part_pod, "soak": part_soak}
+    parts = {"kills": part_kills, "pod": part_pod, "layouts": part_layouts, "soak": part_soak}
     import chaos_storage
 
     parts |= {"writes": chaos_storage.part_writes, "disk": chaos_storage.part_disk}

@@ -42,7 +42,9 @@ def arguments(stage: str, made: Path, workdir: Path, **changes) -> list[str]:
             f"evaluation.videos={made}/packed:val_video", "evaluation.frames=2",
             "evaluation.metric=val_video/global/mean_recall",
         ]  # fmt: skip
-    values += [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
+    given = {key.replace("__", "."): value for key, value in changes.items()}
+    values = [text for text in values if text.split("=")[0] not in given]
+    values += [f"{key}={value}" for key, value in given.items() if value is not None]
     config = Path(__file__).resolve().parent.parent / "configs" / "tiny.py"
     flags = [f"--config.{value}" for value in values]
     return ["train", f"--config={config}:{part}", f"--workdir={workdir}", *flags]
@@ -64,7 +66,11 @@ def prepare(made: Path) -> None:
 
 def train(command: list[str], notes: Path, attempt: int, environment: dict[str, str]) -> None:
     """Runs a training in this process, which it ends; `notes` is the directory to write to."""
+    import jax
+
     os.environ.update(environment)
+    # Not by the environment: JAX has been imported before this process was forked.
+    jax.config.update("jax_num_cpu_devices", int(environment.get("CHAOS_DEVICES", 1)))
     notes.mkdir(parents=True, exist_ok=True)
     log = os.open(notes / "output.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)

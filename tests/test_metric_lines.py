@@ -1,0 +1,71 @@
+"""metrics.jsonl after a crash: no step twice, none lost, whatever the crash or the disk tore."""
+
+import json
+
+import pytest
+from tiny import tiny_config
+
+from instap_jax.errors import UserError
+from instap_jax.train.metrics import MetricWriter, read_metrics
+
+CONFIG = tiny_config("stage1")
+
+
+def write(workdir, steps, resume=0):
+    writer = MetricWriter(workdir, CONFIG, resume_step=resume)
+    for step in steps:
+        writer.write(step, {"loss": step / 10})
+    writer.sync()
+    writer.close()
+
+
+def steps(workdir):
+    return [line["step"] for line in read_metrics(workdir)]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 5, "lo', '{"step": 5', "\x00" * 40, "5", "[1]", ""])
+def test_a_torn_end_is_repaired_on_resume(tmp_path, torn):
+    write(tmp_path, range(1, 5))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(torn)
+    assert steps(tmp_path) == [1, 2, 3, 4]
+    write(tmp_path, [3, 4, 5, 6], resume=2)
+    assert steps(tmp_path) == [1, 2, 3, 4, 5, 6]
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()] == [
+        1, 2, 3, 4, 5, 6
+    ]  # fmt: skip
+
+
+def test_a_line_without_its_end_is_kept(tmp_path):
+    write(tmp_path, range(1, 4))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text()[:-1])
+    write(tmp_path, [4], resume=3)
+    assert steps(tmp_path) == [1, 2, 3, 4]
+
+
+def test_a_damaged_line_costs_itself_alone(tmp_path):
+    write(tmp_path, range(1, 5))
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + b"\xff" + lines[1][1:] + lines[2] + lines[3])
+    assert steps(tmp_path) == [1, 3, 4]
+
+
+def test_numbers_that_are_not_finite_are_left_out(tmp_path):
+    writer = MetricWriter(tmp_path, CONFIG, resume_step=0)
+    writer.write(1, {"loss": float("nan"), "grad_norm": float("inf"), "guard/skipped": 1.0})
+    writer.close()
+    (line,) = read_metrics(tmp_path)
+    assert line.keys() == {"step", "time", "guard/skipped"}
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written: No space left"):
+        writer = MetricWriter.__new__(MetricWriter)
+        writer._file, writer._board, writer._wandb = (tmp_path / "metrics.jsonl").open("a"), 0, 0
+        try:
+            writer.write(1, {"loss": 1.0})
+        finally:
+            writer.close()
