@@ -21,6 +21,8 @@ import slurm  # noqa: E402
 import supervise  # noqa: E402
 import tpu  # noqa: E402
 
+from instap_jax.aot.topology import parse  # noqa: E402
+
 TRAIN = ["train", "--config=configs/stage1_l16.py", "--workdir=/shared/my run"]
 
 
@@ -425,6 +427,8 @@ def test_local_pod_dry_run(capsys):
 def test_slices_as_google_cloud_lists_them(name, chips, topology, hosts):
     one = slices.slice_of(name)
     assert (one.chips, one.topology, one.hosts) == (chips, topology, hosts)
+    # The launchers run without JAX and have a table of their own: the compiler's says the same.
+    assert "x".join(map(str, parse(name).shape)) == topology
 
 
 @pytest.mark.parametrize("name", ["v5litepod-2", "v5e-512", "v5p-7", "v6e-100", "v9-8", "v5p", ""])

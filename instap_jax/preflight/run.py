@@ -96,8 +96,6 @@ def _machine_and_inputs(
 
     def mesh() -> Row:
         made["mesh"] = sharding.make_mesh(config.mesh)
-        if config.compute.cache_dir:  # the default is in the workdir, where nothing is left
-            use_compile_cache(config, workdir, made["mesh"])
         with jax.set_mesh(made["mesh"]):
             made["program"] = build_program(config, made["mesh"])
         shape = " x ".join(f"{axis}={size}" for axis, size in made["mesh"].shape.items())
@@ -107,10 +105,16 @@ def _machine_and_inputs(
         config_check.check_workdir(config, workdir)
         return passed("workdir", str(workdir))
 
+    def cache() -> Row:
+        row = host.compile_cache(config.compute.cache_dir or jax.config.jax_compilation_cache_dir)
+        # The default is in the workdir, where nothing is to be left.
+        if config.compute.cache_dir and "mesh" in made and not failing([row]):
+            use_compile_cache(config, workdir, made["mesh"])
+        return row
+
     placed = attempt("mesh", mesh)
     state = _bytes(made["program"].abstract) if "program" in made else 0
     share = state // jax.process_count()
-    cache = config.compute.cache_dir or jax.config.jax_compilation_cache_dir
     checks = {
         "hosts": lambda: host.processes(hosts),
         "chips": lambda: host.chips(chips),
@@ -119,7 +123,7 @@ def _machine_and_inputs(
         "storage": lambda: host.storage(workdir, share),
         "disk": lambda: host.disk(workdir, state * (config.checkpoint.keep + 1)),
         "host memory": lambda: host.memory(_host_bytes(config, share)),
-        "compile cache": lambda: host.compile_cache(cache),
+        "compile cache": cache,
         "data": lambda: inputs.corpora(config),
         "tokenizer": lambda: inputs.tokenizer(config),
         "checkpoints": lambda: inputs.checkpoints(config, workdir),
