@@ -48,6 +48,8 @@ class Trainings:
             JAX_PLATFORMS="cpu",
             JAX_COMPILATION_CACHE_DIR=str(out / "xla_cache"),
             JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+            # Unoptimised code compiles four times faster; what is checked is equality.
+            XLA_FLAGS="--xla_backend_optimization_level=0",
             PYTHONPATH=os.pathsep.join(filter(None, [*sys.path, os.environ.get("PYTHONPATH")])),
         )
         self._context = multiprocessing.get_context("forkserver")

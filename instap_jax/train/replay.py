@@ -5,6 +5,8 @@ from the step's number, so any number of devices computes the same step.
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -76,30 +78,44 @@ def replay(workdir: Path, step: int, *, trace: bool = False) -> Replay:
             for name, leaf in shapes.items()
         }
         loaded = dump.read(workdir, step, program.abstract, places)
-        frozen = load_frozen(config, program)
-        gradient = make_gradient(
-            config, program.objective, program.graphdef, program.frozen_graphdef
-        )
-        compute = jax.jit(lambda params, batch: gradient(params, frozen, batch, step - 1))
-        loss, terms, grads = compute(loaded.params, loaded.batch)
-        updates, _ = jax.jit(make_optimizer(config).update)(grads, loaded.opt_state, loaded.params)
-        norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
+        compute, update = _programs(config, program, step)
+        compute = functools.partial(compute, load_frozen(config, program))
+        terms, grads = compute(loaded.params, loaded.batch)
+        updates, update_norm = update(grads, loaded.opt_state, loaded.params)
         params = _not_finite(loaded.params)
         samples: tuple[tuple[str, ...], ...] = ()
         origin = None
-        if not params and not bool(_is_finite(loss, grads)):
+        if not params and not _is_finite(terms):
             samples = _blamed(config, compute, loaded.params, loaded.batch, step)
             origin = _origin(compute, loaded.params, loaded.batch) if trace else None
         return Replay(
             step=step,
             devices=mesh.size,
-            terms={"loss": float(loss)} | {k: float(v) for k, v in (terms | norms).items()},
+            terms={k: float(v) for k, v in terms.items()} | {"update_norm": float(update_norm)},
             params=params,
             gradient=_not_finite(grads),
             update=_not_finite(updates),
             samples=samples,
             origin=origin,
         )
+
+
+def _programs(config: ConfigDict, program: Program, step: int) -> tuple[Callable, Callable]:
+    """The two halves of the step, compiled: terms and gradient, and the update with its norm."""
+    gradient = make_gradient(config, program.objective, program.graphdef, program.frozen_graphdef)
+    optimizer = make_optimizer(config)
+
+    @jax.jit
+    def compute(frozen, params, batch):
+        loss, terms, grads = gradient(params, frozen, batch, step - 1)
+        return terms | {"loss": loss, "grad_norm": optax.tree.norm(grads)}, grads
+
+    @jax.jit
+    def update(grads, opt_state, params):
+        updates, _ = optimizer.update(grads, opt_state, params)
+        return updates, optax.tree.norm(updates)
+
+    return compute, update
 
 
 def _fitting(config: ConfigDict, groups: int) -> tuple[Mesh, Program]:
@@ -119,9 +135,8 @@ def _fitting(config: ConfigDict, groups: int) -> tuple[Mesh, Program]:
     raise AssertionError("one device always divides")
 
 
-@jax.jit
-def _is_finite(loss: jax.Array, grads) -> jax.Array:
-    return jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+def _is_finite(terms: dict[str, jax.Array]) -> bool:
+    return all(math.isfinite(float(terms[name])) for name in ("loss", "grad_norm"))
 
 
 def _not_finite(tree) -> dict[str, tuple[int, int]]:
@@ -150,8 +165,7 @@ def _blamed(
                 only.reshape(valid.shape) & valid, batch["sample_valid"].sharding
             )
         }
-        loss, _, grads = compute(params, part)
-        return not bool(_is_finite(loss, grads))
+        return not _is_finite(compute(params, part)[0])
 
     name = _names(config, batch, kind_of_step(config, step - 1))
     found = []
