@@ -69,7 +69,7 @@ def run(config, workdir: Path):
 @pytest.fixture(scope="module")
 def teacher(made) -> Path:
     workdir = made / "teacher"
-    run(teacher_config(made), workdir)
+    run(teacher_config(made, **{"log.profile": "5:6"}), workdir)
     return workdir
 
 
@@ -84,6 +84,7 @@ def timeless(workdir: Path) -> list[dict]:
 
 
 def test_teacher_leaves_what_is_documented(teacher):
+    assert len(list((teacher / "profile").rglob("*.xplane.pb"))) == 1
     assert {path.name for path in teacher.iterdir()} == {
         "config.json",
         "metrics.jsonl",
