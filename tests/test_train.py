@@ -89,6 +89,7 @@ def test_teacher_leaves_what_is_documented(teacher):
         "config.json",
         "metrics.jsonl",
         "checkpoints",
+        "profile",
     }
     assert sorted(int(p.name) for p in (teacher / "checkpoints").iterdir()) == [2, 4, 6]
     lines = read_metrics(teacher)
