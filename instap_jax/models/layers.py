@@ -57,7 +57,13 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """[..., in] -> [..., out] in the compute dtype."""
-        y = x.astype(self.dtype) @ gathered(self.kernel, self.dtype)
+        return self.add_bias(self.product(x))
+
+    def product(self, x: Array) -> Array:
+        """x W."""
+        return x.astype(self.dtype) @ gathered(self.kernel, self.dtype)
+
+    def add_bias(self, y: Array) -> Array:
         return y if self.bias is None else y + gathered(self.bias, self.dtype)
 
 
@@ -151,8 +157,9 @@ def dot_product_attention(
     Returns:
       [b, n, h, c] in the dtype of v.
     """
-    backend = attention_backends.choose(backend, q, k)
-    if backend != "xla" and scale is None and (key is None or not dropout_rate):
+    drops = key is not None and bool(dropout_rate)
+    backend = _choose(backend, q.dtype, q.shape, k.shape, exact=drops or scale is not None)
+    if backend != "xla":
         return attention_backends.attend(backend, q, k, v, mask=mask)
     probabilities = attention_probabilities(q, k, mask=mask)
     if dropout_rate:
@@ -160,6 +167,15 @@ def dot_product_attention(
     if scale is not None:
         probabilities = probabilities * scale
     return _weighted_sum(probabilities, v)
+
+
+def _choose(backend: str, dtype: Any, q: tuple, k: tuple, *, exact: bool) -> str:
+    """The backend of q [b, n, h, c] and k [b, m, h, c]; `exact`: they need their probabilities."""
+    samples, queries, heads, _ = q
+    found = attention_backends.choose(
+        backend, dtype, samples=samples, queries=queries, keys=k[1], heads=heads
+    )
+    return "xla" if exact else found
 
 
 def _weighted_sum(probabilities: Array, v: Array) -> Array:
@@ -208,11 +224,16 @@ class Attention(nnx.Module):
         key: Array | None = None,
     ) -> Array:
         """[b, n, d] -> [b, n, d]; mask, dropout_rate and key as in `dot_product_attention`."""
+        length, shape = x.shape[1], (*x.shape[:2], *self.qkv.shape[2:])
+        drops = key is not None and bool(dropout_rate)
+        backend = _choose(self.backend, self.dtype, shape, shape, exact=drops)
+        if backend == "splash":
+            x, mask = attention_backends.pad_tokens(x, mask)
         q, k, v = self._project(x)
         y = dot_product_attention(
-            q, k, v, mask=mask, dropout_rate=dropout_rate, key=key, backend=self.backend
+            q, k, v, mask=mask, dropout_rate=dropout_rate, key=key, backend=backend
         )
-        return self.out(_merge_heads(y))
+        return self.out(_merge_heads(y))[:, :length]
 
     def with_probabilities(self, x: Array, *, mask: Array | None = None) -> tuple[Array, Array]:
         """As `__call__`, and also the attention probabilities, float32 [b, h, n, m]."""
@@ -222,7 +243,9 @@ class Attention(nnx.Module):
 
     def _project(self, x: Array) -> tuple[Array, Array, Array]:
         kernel = gathered(self.qkv, self.dtype)
-        q, k, v = jnp.einsum("bnd,dxhc->xbnhc", x.astype(self.dtype), kernel)
+        # Three products: of one for all, XLA would cut q, k and v out by copying them.
+        x = x.astype(self.dtype)
+        q, k, v = (jnp.einsum("bnd,dhc->bnhc", x, kernel[:, i]) for i in range(3))
         bias = gathered(self.qkv_bias, self.dtype)
         if self.bias_kind is Bias.FULL:
             k = k + bias[1]
@@ -336,6 +359,24 @@ def _merge_heads(x: Array) -> Array:
     return x.reshape(*x.shape[:-2], -1)
 
 
+@jax.custom_vjp
+def hold(x: Array) -> Array:
+    """x, computed once and stored: no later operation is fused with those that make it."""
+    return lax.optimization_barrier(x)
+
+
+hold.defvjp(lambda x: (hold(x), None), lambda _, gradient: (gradient,))
+
+
+@jax.custom_vjp
+def hold_gradient(x: Array) -> Array:
+    """x, whose gradient is held as `hold` does."""
+    return x
+
+
+hold_gradient.defvjp(lambda x: (x, None), lambda _, g: (lax.optimization_barrier(g),))
+
+
 class Mlp(nnx.Module):
     """Two linear maps with an activation between them."""
 
@@ -353,7 +394,10 @@ class Mlp(nnx.Module):
         self.activation = activation
 
     def __call__(self, x: Array) -> Array:
-        return self.contract(self.activation(self.expand(x)))
+        # A TPU would fuse the activation into the product that reads it, or that its gradient
+        # comes from, and compute it once for every tile of that product's result.
+        x = self.expand.add_bias(hold_gradient(self.expand.product(x)))
+        return self.contract(hold(self.activation(x)))
 
 
 class PreNormBlock(nnx.Module):
