@@ -29,6 +29,7 @@ from supervise import (
     newest_step,
     pod_code,
     policy_of,
+    say,
     split_command,
     supervise,
 )
@@ -150,6 +151,7 @@ class Pod:
                     print(f"[{index}] exit code {codes[-1]}", flush=True)
                     if codes[-1] != DONE and deadline is None:
                         deadline = time.monotonic() + self._args.grace
+                        say(f"process {index} failed: the others have {self._args.grace:g} s")
             if deadline is not None and time.monotonic() > deadline:
                 for process in left.values():
                     _end(process)
