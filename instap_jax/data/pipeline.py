@@ -225,6 +225,11 @@ class Loader:
             self._reader.close()
             self._reader = None
 
+    @property
+    def workers_replaced(self) -> int:
+        """Workers that hung or died since the loader was last opened."""
+        return self._reader.replaced if self._reader else 0
+
     def sample_id(self, corpus: int, record: int) -> str:
         """Returns the id of the sample that `Batch.corpus` and `Batch.record` name."""
         return self._builder.sources[corpus].record_id(record)

@@ -133,6 +133,8 @@ def parse_example(data: bytes) -> dict[str, Any]:
             raise ValueError(f"{name} of shape {list(shape)}")
         inflate = zlib.decompressobj()
         values = inflate.decompress(feature[f"{name}/value"].bytes_list.value[0], size + 1)
+        if not inflate.eof:
+            raise ValueError(f"{name} are not of shape {list(shape)}")
         example[name] = np.frombuffer(values, dtype).reshape(shape)
     return example
 
