@@ -1,5 +1,6 @@
 """The checkpoints of a run while it trains: when they are due, written, tried again, restored."""
 
+import contextlib
 import logging
 import sys
 import time
@@ -153,6 +154,10 @@ class Checkpointer:
 
     def _failed(self, step: int, error: UserError) -> None:
         self._failures += 1
+        if jax.process_count() == 1:  # else another process may still be writing there
+            with contextlib.suppress(OSError):  # what was written may be what fills the disk
+                for part in self._manager.directory.glob(f"{step}.*"):
+                    part.rmtree()
         with storage_faults(f"{self._workdir}: cannot save step {step}, nor read what is there"):
             self._manager.reload()
         last = self._manager.latest_step()
