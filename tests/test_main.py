@@ -75,6 +75,7 @@ ALLOWED = {
     "extract": {"data", "inference"},
     "inference": {"config", "config_check", "sharding", "models", "data", "train", "evaluation"},
     "commands": {
+        "aot",
         "config_check",
         "distributed",
         "train",

@@ -18,9 +18,9 @@ from instap_jax.aot import hlo, kernels, topology
 from instap_jax.aot.lowering import LoweredStep
 from instap_jax.train.flops import peak_flops
 
-VERSION = 1  # of the figures: raise it when their meaning changes
+VERSION = 2  # of the figures: raise it when their meaning changes
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_LARGEST = 8  # buffers kept
+_LARGEST, _HOTTEST = 8, 20  # buffers and operations kept
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,7 @@ class StepFigures:
       model_flops, executed_flops: a chip's share, see `LoweredStep`.
       collectives: traffic by kind, axes and network, bytes a chip receives in a step.
       cycles: the compiler's estimate of all but collectives and kernels; 0 where it gave none.
+      hottest: (cycles, operation) of what costs most of them.
       kernels: Pallas calls (`kernels.KernelCall`): cycles of one at most, and how often it runs.
       seconds: of compilation. rss: largest resident memory of this process so far, bytes.
     """
@@ -52,6 +53,7 @@ class StepFigures:
     executed_flops: float
     collectives: list[dict[str, Any]]
     cycles: int
+    hottest: list[tuple[int, str]]
     kernels: list[dict[str, Any]]
     peak_flops: float
     clock: float
@@ -115,12 +117,13 @@ def _fingerprint(step: LoweredStep, where: topology.Topology) -> str:
 
 def _measure(step: LoweredStep, where: topology.Topology) -> StepFigures:
     start = time.perf_counter()
-    facts = {"fits": True, "collectives": [], "cycles": 0, "kernels": []}
+    facts = {"fits": True, "collectives": [], "cycles": 0, "hottest": [], "kernels": []}
     # We count on its directory for the report of buffers, and for a text of last resort.
     with tempfile.TemporaryDirectory(prefix="instap-compile-") as dump:
         options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
         try:
-            compiled = step.lowered.compile(compiler_options=options)
+            with topology.compiler_environment():
+                compiled = step.lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             facts |= {"fits": False, "hbm": _hbm_of_failure(step, str(error))}
         else:
@@ -171,12 +174,15 @@ def _hbm_of_failure(step: LoweredStep, message: str) -> dict[str, int]:
     if needed is None:
         raise
     arguments = sum(step.argument_bytes.values())
-    classes = {"arguments": arguments, "temporary": needed, "peak": arguments + needed}
+    classes = {"arguments": arguments, "temporary": needed - arguments, "peak": needed}
     return step.argument_bytes | classes
 
 
 def out_of_memory(message: str) -> int | None:
-    """Bytes of temporaries that a compiler's out-of-memory message names; None for another one."""
+    """Bytes that a compiler's out-of-memory message asks for; None for another message.
+
+    It speaks of temporaries, but arguments are among them (measured).
+    """
     found = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM", message)
     if "RESOURCE_EXHAUSTED" not in message or not found:
         return None
@@ -209,6 +215,7 @@ def _program_facts(text: str, mesh: jax.sharding.Mesh, where: topology.Topology)
     return {
         "collectives": sorted(total.values(), key=lambda c: -c["bytes"]),
         "cycles": hlo.cycles(visits),
+        "hottest": hlo.hottest(visits, _HOTTEST),
     }
 
 

@@ -223,6 +223,18 @@ def cycles(visits: list[Visit]) -> int:
     return total
 
 
+def hottest(visits: list[Visit], count: int) -> list[tuple[int, str]]:
+    """(estimated cycles, operation of the model) of what costs most, by name in the traced step."""
+    total: dict[str, int] = {}
+    for visit in visits:
+        found = _CYCLES.search(visit.instruction.rest)
+        if found and not visit.fused:
+            named = re.search(r'op_name="([^"]*)"', visit.instruction.rest)
+            name = named[1].removeprefix("jit(step)/") if named else visit.instruction.opcode
+            total[name] = total.get(name, 0) + visit.times * int(found[1])
+    return sorted(((value, name) for name, value in total.items()), reverse=True)[:count]
+
+
 def size(shape: str) -> float:
     """Bytes of a shape, all members of a tuple together, without the padding of its layout."""
     return sum(_array_bytes(*found) for found in _SHAPE.findall(shape))

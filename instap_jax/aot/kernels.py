@@ -106,7 +106,8 @@ def main(name: str, directory: str) -> None:
         exported = jax.export.deserialize(bytearray(path.read_bytes()))
         args = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in exported.in_avals]
         jitted = jax.jit(exported.call, in_shardings=place)
-        jitted.trace(*args).lower(lowering_platforms=("tpu",)).compile()
+        with topology.compiler_environment():
+            jitted.trace(*args).lower(lowering_platforms=("tpu",)).compile()
         files = set(root.glob("dump/*schedule-analysis_final_bundles.txt")) - seen
         seen |= files
         print(max(_count(file.read_text()) for file in files), flush=True)

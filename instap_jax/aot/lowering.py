@@ -69,8 +69,8 @@ def lower(config: ConfigDict, topology: tpu.Topology, kind: Kind) -> LoweredStep
             lowered=traced.lower(lowering_platforms=("tpu",)),
             argument_bytes=_argument_bytes(program, batch),
             samples=math.prod(batch["sample_valid"].shape),
-            model_flops=_model_flops(config, mesh, batch),
-            executed_flops=flops.count_flops(program.step, *args),
+            model_flops=_flops(config, mesh, batch, "all"),
+            executed_flops=_flops(config, mesh, batch, config.compute.remat),
             seconds=time.perf_counter() - start,
         )
 
@@ -99,12 +99,10 @@ def abstract_batch(config: ConfigDict, mesh: Mesh, kind: Kind) -> dict[str, jax.
     }
 
 
-def _model_flops(config: ConfigDict, mesh: Mesh, batch) -> int:
-    """Without rematerialisation, and without the padding of attention kernels."""
+def _flops(config: ConfigDict, mesh: Mesh, batch, remat: str) -> int:
+    """Of the whole batch; attention as plain products: without the padding that kernels add."""
     config = config.copy_and_resolve_references()
-    config.compute.remat = "all"
-    if "attention" in config.compute:
-        config.compute.attention = "xla"
+    config.compute.update(remat=remat, attention="xla")
     program = build_program(config, mesh)
     return flops.count_flops(program.step, program.abstract, program.frozen_abstract, batch)
 

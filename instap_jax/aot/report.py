@@ -1,6 +1,7 @@
 """What `instap compile` says: a table, JSON, and advice when a step does not fit."""
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -10,6 +11,7 @@ from instap_jax.aot.compiling import StepFigures
 from instap_jax.aot.topology import Topology
 
 _GIB = 1 << 30
+_SHOWN = 6  # of the largest buffers and of the operations that cost most
 LEFT_OUT = (
     "times are the TPU compiler's estimate (its cycles / the clock), not a measurement: without "
     "collectives, transfers and waiting; of Pallas kernels an upper bound"
@@ -58,7 +60,7 @@ def _rows(one: StepFigures) -> list[tuple[str, str]]:
         ("arguments", f"{_gib(hbm['arguments'])}: {split}"),
         ("temporary", f"{_gib(hbm['temporary'])}" + _rest(hbm)),
     ]
-    rows += [("", f"{_gib(size):>8}  {shapes}") for size, shapes in one.largest[:4]]
+    rows += [("", f"{_gib(size):>8}  {shapes}") for size, shapes in one.largest[:_SHOWN]]
     model, executed = one.model_flops, one.executed_flops
     rows.append(("FLOPs", f"{model:.4g} of the model a chip, {executed:.4g} with remat"))
     if one.fits:
@@ -101,6 +103,9 @@ def _program_rows(one: StepFigures) -> list[tuple[str, str]]:
     rows.append(
         ("time", f"{compute:,.1f} ms{of_kernels}; ICI {ici:,.1f} ms at least, hidden or not")
     )
+    rows += [
+        ("", f"{milliseconds * cycles:>8,.1f} ms  {name}") for cycles, name in one.hottest[:_SHOWN]
+    ]
     if one.traffic("DCN") and one.cycles:
         speed = 8e-9 * one.traffic("DCN") / one.compute_time
         rows.append(("", f"DCN hidden at {speed:.1f} Gbit/s a chip or more"))
@@ -127,15 +132,14 @@ def advice(config: ConfigDict, one: StepFigures) -> str:
         changes.append("compute.attention=splash (scores of all token pairs are the largest)")
     if config.compute.remat != "none":
         changes.append("compute.remat=none")
-    ratio = max(1.0, one.hbm["temporary"] / max(one.limit - one.hbm["arguments"], 1))
-    parts = 1 << max(1, (int(ratio) - 1).bit_length() if ratio > 1 else 1)
-    if one.hbm["arguments"] < one.limit:
-        if per_chip > 1:
-            smaller = max(1, int(per_chip / parts)) * shards
-            changes.append(f"data.batch_size={smaller} or fewer")
-        accumulate = config.optimizer.accumulate * parts
-        changes.append(f"optimizer.accumulate={accumulate} (the same batch in {parts} x the parts)")
     state = sum(one.hbm[name] for name in ("parameters", "optimizer", "teacher"))
+    if state < one.limit:
+        # Powers of two: what is left of the memory over what the batch needs.
+        parts = 1 << math.ceil(math.log2((one.hbm["peak"] - state) / (one.limit - state)))
+        smaller = max(1, int(per_chip / parts)) * shards
+        changes.append(f"data.batch_size={smaller} or fewer")
+        if one.hbm["batch"] < one.limit - state:
+            changes.append(f"optimizer.accumulate={config.optimizer.accumulate * parts}")
     if state > one.limit / 4:
         changes.append(f"more chips in mesh.fsdp (now {one.mesh['fsdp']})")
     return (

@@ -5,13 +5,17 @@ as Google Cloud sells it: 'v5litepod-256', 'v6e-256', 'v5p-128'. Cloud counts ch
 but TensorCores, of which a chip has two, of v4 and v5p: 'v5p-128' is 64 chips.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import math
 import os
 import re
+from collections.abc import Iterator
 
+import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from instap_jax.errors import UserError
 
@@ -184,3 +188,20 @@ def devices(topology: Topology) -> list:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"the TPU compiler refuses --topology={topology.name}: {reason}") from error
     return list(described.devices)
+
+
+@contextlib.contextmanager
+def compiler_environment() -> Iterator[None]:
+    """To compile in. The TPU compiler ends the process at a flag of another platform in XLA_FLAGS,
+    and JAX's own cache writes programs for absent devices but cannot read them back."""
+    flags = os.environ.pop("XLA_FLAGS", None)
+    cached = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
+        compilation_cache.reset_cache()
+        if flags is not None:
+            os.environ["XLA_FLAGS"] = flags
