@@ -72,38 +72,47 @@ def choose(backend: str, dtype: Any, *, samples: int, queries: int, keys: int, h
     return backend if divides else "xla"
 
 
-def pad_tokens(x: Array, mask: Array | None) -> tuple[Array, Array | None]:
-    """Tokens [b, n, d] and their mask [b, n], padded to what splash would pad them to.
+def pad_tokens(x: Array) -> Array:
+    """Tokens [b, n, d], padded with zeros to what splash would pad their projections to.
 
     Padding before the projections costs them a few rows; after them it copies q, k and v.
     """
-    padding = block_and_padding(x.shape[1])[1]
-    if not padding:
-        return x, mask
-    mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
-    return jnp.pad(x, ((0, 0), (0, padding), (0, 0))), jnp.pad(mask, ((0, 0), (0, padding)))
+    return jnp.pad(x, ((0, 0), (0, block_and_padding(x.shape[1])[1]), (0, 0)))
 
 
 def attend(
-    backend: str, q: Array, k: Array, v: Array, *, mask: Array | None, interpret: bool = False
+    backend: str,
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    mask: Array | None,
+    length: int | None = None,
+    interpret: bool = False,
 ) -> Array:
     """Attention by a kernel, on every device for its own samples and heads.
 
     Args:
       backend: 'splash' or 'cudnn'.
       q: [b, n, h, c]. k, v: [b, m, h, c].
-      mask: bool [b, m], True where a key may be attended to; None: all. A row without any is
+      mask: bool [b, length], True where a key may be attended to; None: all. A row without any is
         the mean of the values, as `layers.attention_probabilities` has it.
+      length: keys from here on are padding (`pad_tokens`); None: none is.
       interpret: run the TPU kernel's operations one by one, on any platform: for tests.
 
     Returns:
       [b, n, h, c] in the dtype of v.
     """
+    padding = 0 if length is None else k.shape[1] - length
     if mask is not None:
         # Kernels give such rows the padding too. Queries of zeros make every logit equal.
         some = mask.any(axis=-1)
         q = jnp.where(some[:, None, None, None], q, 0)
         mask = mask | ~some[:, None]
+    elif padding:
+        mask = jnp.ones((k.shape[0], length), bool)
+    if padding:
+        mask = jnp.pad(mask, ((0, 0), (0, padding)))
     kernel = functools.partial(_splash, interpret=interpret) if backend == "splash" else _cudnn
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

@@ -228,11 +228,14 @@ class Attention(nnx.Module):
         drops = key is not None and bool(dropout_rate)
         backend = _choose(self.backend, self.dtype, shape, shape, exact=drops)
         if backend == "splash":
-            x, mask = attention_backends.pad_tokens(x, mask)
+            x = attention_backends.pad_tokens(x)
         q, k, v = self._project(x)
-        y = dot_product_attention(
-            q, k, v, mask=mask, dropout_rate=dropout_rate, key=key, backend=backend
-        )
+        if backend == "xla":
+            y = dot_product_attention(
+                q, k, v, mask=mask, dropout_rate=dropout_rate, key=key, backend="xla"
+            )
+        else:
+            y = attention_backends.attend(backend, q, k, v, mask=mask, length=length)
         return self.out(_merge_heads(y))[:, :length]
 
     def with_probabilities(self, x: Array, *, mask: Array | None = None) -> tuple[Array, Array]:
