@@ -115,49 +115,62 @@ def _state(step: int):
 
 def part_disk(trainings, args) -> None:
     """A training on a small file system that is full, turns read-only, or goes away."""
-    from chaos import compare, notes_of, remove, write
+    from chaos import compare, remove, write
 
     del args
     whole, _ = trainings.whole("distill", "whole-distill")
-    place, results = trainings.out / "small", {}
-    place.mkdir(exist_ok=True)
-    for name, harm, mend in (
-        ("full", None, ["mount", "-o", "remount,size=64m", str(place)]),
-        ("read-only", ["mount", "-o", "remount,ro", str(place)],
-         ["mount", "-o", "remount,rw", str(place)]),
-        ("vanished", ["umount", "-l", str(place)], None),
-    ):  # fmt: skip
-        remove(trainings.out / "disk")
-        backing = trainings.out / "backing"
-        shutil.rmtree(backing, ignore_errors=True)
-        backing.mkdir()
-        if name == "vanished":
-            attach = ["mount", "--bind", str(backing), str(place)]
-        else:
-            size = "size=600k" if name == "full" else "size=64m"
-            attach = ["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(place)]
+    place, backing, results = trainings.out / "disk", trainings.out / "backing", {}
+    shutil.rmtree(backing, ignore_errors=True)
+    remove(place)
+    backing.mkdir()
+    bound = ["mount", "--bind", str(backing), str(place)]
+    for name, attach, harm, mend in (
+        ("full", _tmpfs(place, "600k"), None, _remount(place, "size=64m")),
+        ("read-only", _tmpfs(place, "64m"), _remount(place, "ro"), _remount(place, "rw")),
+        ("vanished", bound, ["umount", "-l", str(place)], bound),
+    ):
+        remove(place)
+        place.mkdir()
         subprocess.run(attach, check=True)
         try:
-            changes = {"checkpoint__keep": 100, "checkpoint__retries": 0}
-            process = trainings.start("distill", place / "disk", 0, **changes)
-            while harm and process.exitcode is None and not _has_step(place / "disk"):
-                time.sleep(0.02)
-            if harm:
-                subprocess.run(harm, check=True)
-            process.join()
-            results[name] = {"exit": process.exitcode}
-            if mend or name == "vanished":
-                subprocess.run(mend or attach, check=True)
-            log = notes_of(place / "disk") / "output.log"
-            results[name]["said"] = _last_error(log)
-            process = trainings.start("distill", place / "disk", 1, **changes)
-            process.join()
-            results[name]["exit_after_mending"] = process.exitcode
-            if process.exitcode == 0:
-                results[name] |= compare(place / "disk", whole)
+            results[name] = _train_on(trainings, place, name, harm, mend)
+            if results[name]["exit_after_mending"] == 0:
+                results[name] |= compare(place, whole)
         finally:
             subprocess.run(["umount", "-l", str(place)])
         write(trainings.out / "disk.json", results)
+
+
+def _tmpfs(place: Path, size: str) -> list[str]:
+    return ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+
+
+def _remount(place: Path, option: str) -> list[str]:
+    return ["mount", "-o", f"remount,{option}", str(place)]
+
+
+def _train_on(trainings, place: Path, name: str, harm: list[str] | None, mend: list[str]) -> dict:
+    """A training that meets the fault, and the same command once it is mended."""
+    from chaos import notes_of
+
+    changes = {"checkpoint__keep": 100, "checkpoint__retries": 0}
+    if name == "read-only":  # no file of a file system may be open for writing as it turns so
+        process = trainings.start("distill", place, 0, stop_at=8, **changes)
+        process.join()
+        subprocess.run(harm, check=True)
+        process = trainings.start("distill", place, 1, **changes)
+    else:
+        process = trainings.start("distill", place, 1, **changes)
+        while harm and process.exitcode is None and not _has_step(place):
+            time.sleep(0.02)
+        if harm:
+            subprocess.run(harm, check=True)
+    process.join()
+    found = {"exit": process.exitcode, "said": _last_error(notes_of(place) / "output.log")}
+    subprocess.run(mend, check=True)
+    process = trainings.start("distill", place, 2, **changes)
+    process.join()
+    return found | {"exit_after_mending": process.exitcode}
 
 
 def _has_step(workdir: Path) -> bool:

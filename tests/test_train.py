@@ -1,7 +1,10 @@
 """The main job in small: render, pack, train, resume, evaluate, report."""
 
+import contextlib
+import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,11 +18,14 @@ import pytest
 from tiny import tiny_config
 
 from instap_jax import config_check, main, sharding
+from instap_jax.data.records import open_source
 from instap_jax.errors import UserError
-from instap_jax.train import checkpoint, loop
+from instap_jax.train import checkpoint, dump, loop, replay
+from instap_jax.train.feed import kind_of_step
 from instap_jax.train.metrics import read_metrics
 from instap_jax.train.program import build_program
 from instap_jax.train.stop import StopRequest
+from instap_jax.types import Kind
 
 TIMES = ("time", "examples_per_second", "step_seconds", "data_wait_seconds", "compute_seconds")
 
@@ -213,6 +219,37 @@ def test_an_update_that_is_not_finite_stops_the_run_and_is_replayed(
     assert main.main(["replay", f"--workdir={tmp_path}"]) == 0
     out = capsys.readouterr().out
     assert "update_norm" in out and "not finite" in out
+    with _harmed_dump(tmp_path, tmp_path / "harmed", sample=(5, 0)) as name:
+        assert main.main(["replay", f"--workdir={tmp_path / 'harmed'}", "--dump=2"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"\bloss +nan", out) and "gradients: not finite in" in out
+    assert out.count("not finite by itself") == 1
+    assert f"not finite by itself: sample {name}\n" in out
+
+
+@contextlib.contextmanager
+def _harmed_dump(workdir: Path, copy: Path, sample: tuple[int, int]):
+    """A dump in which the extent of one sample's picture is a NaN; gives the sample's id."""
+    shutil.copytree(workdir, copy)
+    config = config_check.read(workdir)
+    shapes = dump.batch_shapes(workdir, 2)
+    mesh, program = replay._fitting(config, shapes["sample_valid"].shape[0])
+    where = sharding.batch_sharding(mesh)
+    shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=where) for k, v in shapes.items()}
+    with jax.set_mesh(mesh):
+        loaded = dump.read(workdir, 2, program.abstract, shapes)
+        extent = np.array(loaded.batch["extent"])
+        extent[sample] = np.nan
+        batch = loaded.batch | {"extent": jax.device_put(extent, where)}
+        state = dataclasses.replace(
+            program.abstract, params=loaded.params, opt_state=loaded.opt_state
+        )
+        shutil.rmtree(copy / "dumps")
+        dump.write(copy, state, batch, step=2, meta=dump.read_meta(workdir, 2))
+    images = kind_of_step(config, 1) == Kind.IMAGE
+    source = open_source(*(config.data.images if images else config.data.videos).split(":"),
+                         Kind.IMAGE if images else Kind.VIDEO)  # fmt: skip
+    yield source.record_id(int(batch["record"][sample]))
 
 
 def test_missing_data_is_one_line_and_the_mended_command_runs(made, teacher, tmp_path):

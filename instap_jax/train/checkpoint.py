@@ -15,6 +15,7 @@ and a line on the screen for each newer one that was passed over.
 
 import contextlib
 import itertools
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,10 @@ def storage_faults(what: str):
     except (UserError, integrity.Damaged):
         raise
     except Exception as error:
-        reason = str(error).strip().split("\n")[0][:300]
+        reason = str(error).strip().split("\n")[0]
+        if system := re.search(r"\[OS error \d+: \w+ ([^\]]+)\]", reason):
+            reason = f"{system[1]}: {reason}"  # tensorstore names it at the end of a long line
+        reason = reason[:300]
         raise UserError(f"{what} ({type(error).__name__}: {reason})") from error
 
 

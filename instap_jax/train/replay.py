@@ -30,6 +30,10 @@ from instap_jax.train.step import make_gradient
 from instap_jax.types import Batch, Kind
 
 SHOWN = 8  # samples and arrays that are named
+GROUP_FIELDS = ("dropped",)  # of a batch; the rest is of its samples
+INSTANCE_FIELDS = (
+    "boxes", "present", "instance_valid", "parent", "instance_text", "instance_text_hash",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,16 +159,14 @@ def _blamed(
     config: ConfigDict, compute: Callable, params, batch: Batch, step: int
 ) -> tuple[tuple[str, ...], ...]:
     """Ids of the smallest sets of samples found by halving that are not finite by themselves."""
-    valid = np.asarray(jax.device_get(batch["sample_valid"]))
+    host = jax.device_get(batch)
+    valid = host["sample_valid"]
 
     def is_bad(places: Sequence[int]) -> bool:
         only = np.zeros(valid.size, bool)
         only[list(places)] = True
-        part = batch | {
-            "sample_valid": jax.device_put(
-                only.reshape(valid.shape) & valid, batch["sample_valid"].sharding
-            )
-        }
+        part = _alone(host, only.reshape(valid.shape))
+        part = {name: jax.device_put(array, batch[name].sharding) for name, array in part.items()}
         return not _is_finite(compute(params, part)[0])
 
     name = _names(config, batch, kind_of_step(config, step - 1))
@@ -174,6 +176,23 @@ def _blamed(
         if len(found) == SHOWN:
             break
     return tuple(found)
+
+
+def _alone(batch: Batch, only: np.ndarray) -> Batch:
+    """The batch with all samples but `only`, bool [g, b], as if they could not be read: zeros.
+
+    To mark them as not valid is not enough: a NaN times zero is still one in the gradient.
+    """
+    instances = np.take_along_axis(only, batch["parent"], axis=1)
+    part = {}
+    for name, array in batch.items():
+        chosen = instances if name in INSTANCE_FIELDS else only
+        if name in GROUP_FIELDS:
+            part[name] = array
+        else:
+            chosen = chosen.reshape(chosen.shape + (1,) * (array.ndim - 2))
+            part[name] = np.where(chosen, array, np.zeros((), array.dtype))
+    return part
 
 
 def smallest(is_bad: Callable[[Sequence[int]], bool], places: list[int]) -> Iterator[list[int]]:
