@@ -24,4 +24,5 @@ def get_config():
     c.steps = round(800 * steps_per_epoch)
     c.optimizer.warmup_steps = round(40 * steps_per_epoch)
     c.optimizer.reference_batch = 256  # UMT: rate * total batch / 256
+    c.compute.remat = "attention"
     return c

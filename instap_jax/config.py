@@ -275,12 +275,15 @@ def _distributed() -> ConfigDict:
 def _compute() -> ConfigDict:
     c = ConfigDict()
     c.dtype = "bfloat16"  # of activations and matmuls; parameters, norms, softmax, loss: float32
-    # What the backward pass keeps of a block: 'none' (only its input), 'dots' (matmul outputs
-    # without batch dimensions), 'all' (no rematerialisation).
+    # What the backward pass keeps of a block: 'none' (only its input), 'attention' (also what the
+    # splash kernel put out), 'dots' (matmul outputs without batch dimensions), 'all' (everything).
     c.remat = "none"
     # What computes attention: 'xla', the TPU's 'splash' kernel, the GPU's 'cudnn', or by the mesh's
     # platform and the length, 'auto' (docs/attention.md).
     c.attention = "auto"
+    # Instance crops that a device encodes at a time, at most, to bound memory: the work and the
+    # batch stay the same, weights are gathered more often. Unset: all of a step at once.
+    c.crop_batch = placeholder(int)
     # Where compiled programs are kept for later starts; storage that all hosts share is best.
     # Unset: what JAX_COMPILATION_CACHE_DIR says, else WORKDIR/xla_cache, but on CPUs nowhere.
     c.cache_dir = placeholder(str)

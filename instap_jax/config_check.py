@@ -31,7 +31,7 @@ CHOICES = {
     "distill.mask_choice": ("sample", "topk"),
     "contrastive.loss": ("softmax", "sigmoid"),
     "compute.dtype": ("bfloat16", "float32"),
-    "compute.remat": ("none", "dots", "all"),
+    "compute.remat": ("none", "attention", "dots", "all"),
     "checkpoint.init_which": ("newest", "best"),
     "guard.non_finite": ("stop", "skip"),
 }
@@ -118,6 +118,7 @@ OPTIONAL = (
     "data.group_size",
     "optimizer.reference_batch",
     "optimizer.clip_norm",
+    "compute.crop_batch",
     "vision.position_frames",
     "vision.position_size",
     "evaluation.every",

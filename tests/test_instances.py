@@ -8,8 +8,11 @@ import numpy as np
 import torch_reference as reference
 from flax import nnx
 from test_preprocess import crop_reference
+from tiny import tiny_config
 
+from instap_jax import sharding
 from instap_jax.models import instances
+from instap_jax.models.vision import VisionEncoder
 
 GROUPS, SAMPLES, INSTANCES, FRAMES = 2, 3, 4, 2
 WIDTH, HEADS, CROP_TOKENS, SCENE_TOKENS = 16, 4, 6, 5
@@ -153,3 +156,33 @@ def test_output_projection_starts_as_small_as_asked():
         return module.blocks.attention.out.kernel[...]
 
     np.testing.assert_allclose(kernel(0.1), 0.1 * kernel(1.0), rtol=1e-6)
+
+
+def test_crops_encoded_in_parts_on_many_devices_are_those_of_one():
+    """Two parts of two crops a device, against all at once: tokens and gradients."""
+    config = tiny_config("stage2").vision
+    config.update(depth=1, drop_path=0.0)
+    crops = random.normal(size=(16, 2, 8, 8, 3)).astype(np.float32)
+    mask = random.random((16, 8)) < 0.7
+    weights = random.normal(size=(16, 8, config.width)).astype(np.float32)
+    encoder = VisionEncoder(config, dtype=jnp.float32, remat="none", rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(encoder)
+
+    def loss(state, at_most):
+        encoder = nnx.merge(graphdef, state)
+        tokens = instances.encode_crops(encoder, crops, None, mask, at_most=at_most, key=None)
+        return jnp.sum(tokens * weights)
+
+    compute = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    expected = compute(state, None)
+    mesh = tiny_config("stage2").mesh
+    mesh.update(replica=1, fsdp=4, tensor=2)
+    with jax.set_mesh(sharding.make_mesh(mesh)):
+        found = compute(state, 3)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected
+    )
+
+
+def test_parts_are_as_few_as_fit():
+    assert [instances.fewest_parts(count, 3) for count in (1, 3, 4, 6, 7)] == [1, 1, 2, 2, 7]

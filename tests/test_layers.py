@@ -253,7 +253,7 @@ def _pullback(function, x):
 
 def test_remat_policies_give_equal_gradients_and_keep_less():
     gradients, kept = {}, {}
-    for remat in ("none", "dots", "all"):
+    for remat in ("none", "attention", "dots", "all"):
         loss, state = scan_loss(remat)
         gradients[remat] = jax.jit(jax.grad(loss))(state)
         pullback = jax.eval_shape(functools.partial(_pullback, loss), state)

@@ -39,6 +39,7 @@ Array = jax.Array
 
 BACKENDS = ("auto", "xla", "splash", "cudnn")
 LONG = 128 * 256  # logits of a head, n * m, from which on 'auto' takes a kernel
+SAVED = "attention"  # name, for rematerialisation, of what splash's gradient needs of its result
 _PLATFORM = {"splash": "tpu", "cudnn": "gpu"}
 _LANES = 128
 _MEMORY = 4096  # keys of a head held in VMEM at once
@@ -155,6 +156,7 @@ def _splash(q: Array, k: Array, v: Array, mask: Array | None, *, interpret: bool
         ),
         head_shards=1,
         q_seq_shards=1,
+        residual_checkpoint_name=SAVED,
         interpret=interpret,
     )
     q = prepare(q * channels**-0.5, pad_n)

@@ -18,8 +18,9 @@ from jax import lax
 
 from instap_jax.models import boxes as box
 from instap_jax.models.layers import CrossAttention, LayerNorm, Linear, scan_blocks, stack
+from instap_jax.models.placement import data_ways, split_over_data
 from instap_jax.models.preprocess import crop_and_resize
-from instap_jax.models.vision import NORM_EPSILON
+from instap_jax.models.vision import NORM_EPSILON, VisionEncoder
 
 Array = jax.Array
 
@@ -53,6 +54,50 @@ def instance_crops(
         return lax.map(crop, (boxes, parent))
 
     return jax.vmap(crop_group)(frames, extent, flip, boxes, parent)
+
+
+def encode_crops(
+    encoder: VisionEncoder,
+    crops: Array,
+    visible: Array | None,
+    mask: Array,
+    *,
+    at_most: int | None,
+    key: Array | None,
+) -> Array:
+    """Crops through the encoder, in the fewest equal parts of `at_most` crops a device.
+
+    Every device takes each part from its own crops, so that cutting moves nothing between devices.
+    A number of crops that does not divide over the devices is encoded at once.
+
+    Args:
+      crops: [B, t, S, S, 3], normalised. visible, mask, key: as `VisionEncoder` takes them.
+      at_most: None: all at once.
+
+    Returns:
+      [B, l, d] in the compute dtype.
+    """
+    count, rest = divmod(crops.shape[0], data_ways())
+    parts = 1 if rest or not at_most else fewest_parts(count, at_most)
+    if parts == 1:
+        return encoder(crops, visible=visible, mask=mask, key=key).tokens
+
+    def encode(part):
+        index, part = part
+        crops, visible, mask = split_over_data(part)
+        part_key = None if key is None else jax.random.fold_in(key, index)
+        return encoder(crops, visible=visible, mask=mask, key=part_key).tokens
+
+    cut = jax.tree.map(
+        lambda x: x.reshape((-1, parts, *x.shape[1:])).swapaxes(0, 1), (crops, visible, mask)
+    )
+    tokens = lax.map(encode, (jnp.arange(parts), cut))
+    return split_over_data(tokens.swapaxes(0, 1).reshape((-1, *tokens.shape[2:])))
+
+
+def fewest_parts(count: int, at_most: int) -> int:
+    """The smallest divisor of `count` that cuts it into parts of at most that size."""
+    return next(n for n in range(-(-count // at_most), count + 1) if count % n == 0)
 
 
 def token_mask(present: Array, patches: int) -> Array:

@@ -20,7 +20,12 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from instap_jax.models.distillation import DistillationHeads
-from instap_jax.models.instances import BoxCodes, InstanceCrossAttention, masked_mean
+from instap_jax.models.instances import (
+    BoxCodes,
+    InstanceCrossAttention,
+    encode_crops,
+    masked_mean,
+)
 from instap_jax.models.layers import LayerNorm, Linear, clamp
 from instap_jax.models.text import MatchHead, TextEncoder
 from instap_jax.models.vision import NORM_EPSILON, VisionEncoder
@@ -102,6 +107,7 @@ class InstAP(nnx.Module):
             self.contrastive_bias = nnx.Param(start, logical_axes=())
             self.instance_contrastive_bias = nnx.Param(start, logical_axes=())
         self.contextual = align.cross_attention
+        self.crop_batch = config.compute.crop_batch
 
     def predict_teacher(
         self, taps: Array, *, frames: int, visible: Array | None, patches: int
@@ -168,10 +174,8 @@ class InstAP(nnx.Module):
         """
         groups, count = crops.shape[:2]
 
-        def flat(array: Array | None) -> Array | None:
-            return None if array is None else array.reshape((-1, *array.shape[2:]))
-
-        tokens = self.encoder(flat(crops), visible=flat(visible), mask=flat(mask), key=key).tokens
+        flat = jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), (crops, visible, mask))
+        tokens = encode_crops(self.encoder, *flat, at_most=self.crop_batch, key=key)
         tokens = tokens.reshape((groups, count, *tokens.shape[1:]))
         crop = masked_mean(tokens, mask)
         if codes is not None:
