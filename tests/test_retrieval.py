@@ -115,7 +115,7 @@ def test_no_device_holds_the_matrix_of_all_scores():
     shapes = [jax.ShapeDtypeStruct(split[0], np.float32)]
     shapes += [jax.ShapeDtypeStruct(shape, np.int32) for shape in split[1:]]
     shapes += [jax.ShapeDtypeStruct((blocks, rows), np.bool_)]
-    shapes += [jax.ShapeDtypeStruct(s, np.float32) for s in ((candidates, 8), (candidates,), ())]
+    shapes += [jax.ShapeDtypeStruct(s, np.float32) for s in ((candidates, 8),)]
     compiled = ranking._rank_blocks(mesh_of(1), 4).lower(*shapes).compile()
     temporary = compiled.memory_analysis().temp_size_in_bytes
     block = 9 * rows * candidates + (1 << 20)  # and what does not grow with the product
@@ -190,7 +190,9 @@ def test_dual_softmax_is_the_product_of_both_softmaxes(embedded):
     pairs = np.zeros((301, 203), bool)
     pairs[positives.text, positives.video] = True
     for ranks, scores, good in ((got[0], product, pairs), (got[1], product.T, pairs.T)):
-        best = np.where(good, scores, -np.inf).max(1)
-        expected = 1 + ((scores >= best[:, None] * (1 - 1e-6)) & ~good).sum(1)
+        best = np.where(good, scores, -np.inf).max(1)[:, None]
+        # What is equal in exact arithmetic need not be in float32: any order of those will do.
+        least, most = (1 + ((scores > best * (1 + side * 1e-5)) & ~good).sum(1) for side in (1, -1))
         ranked = good.any(1)
-        np.testing.assert_array_equal(ranks[ranked], expected[ranked])
+        assert (least <= ranks)[ranked].all() and (ranks <= most)[ranked].all()
+        assert (least == most)[ranked].mean() > 0.8

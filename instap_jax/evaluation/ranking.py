@@ -73,20 +73,24 @@ def rank_queries(
     Raises:
       UserError: a score is NaN.
     """
+    queries, candidates = np.float32(scale) * queries, np.asarray(candidates, np.float32)
+    if offset is not None:
+        # As one more product: a sum after it may be computed again, and rounded otherwise, where a
+        # score is compared with itself, and the rank would be off by one.
+        queries = np.pad(queries, ((0, 0), (0, 1)), constant_values=1)
+        candidates = np.column_stack([candidates, -np.asarray(offset, np.float32)])
     count, rows = len(candidates), block_rows(len(candidates))
     shards = sharding.data_shards(mesh)
     blocks = math.ceil(len(queries) / (rows * shards)) * shards
     padded = np.zeros((blocks * rows, queries.shape[1]), np.float32)
     padded[: len(queries)] = queries
     pair_row, pair_column, pair_valid = _pairs_of_blocks(positives, blocks, rows)
-    offset = np.zeros(count, np.float32) if offset is None else np.asarray(offset, np.float32)
     over_blocks = NamedSharding(mesh, P(sharding.DATA_AXES))
     whole = sharding.replicated(mesh)
     arrays = [
         sharding.place(padded.reshape((blocks, rows, -1)), over_blocks),
         *(sharding.place(array, over_blocks) for array in (pair_row, pair_column, pair_valid)),
-        *(sharding.place(np.asarray(array, np.float32), whole) for array in (candidates, offset)),
-        sharding.place(np.float32(scale), whole),
+        sharding.place(candidates, whole),
     ]
     out = jax.device_get(_rank_blocks(mesh, top)(*arrays))
     rank, best, log_total, bad = (array.reshape((blocks * rows, -1)) for array in out)
@@ -122,11 +126,10 @@ def _pairs_of_blocks(positives: Positives, blocks: int, rows: int):
 def _rank_blocks(mesh: Mesh, top: int):
     """The jitted ranking of all blocks: every device maps over its own."""
 
-    def ranked(queries, row, column, valid, candidates, offset, scale):
+    def ranked(queries, row, column, valid, candidates):
         def one(block):
             queries, row, column, valid = block
-            product = jnp.einsum("rp,mp->rm", queries, candidates, precision="highest")
-            scores = scale * product - offset
+            scores = jnp.einsum("rp,mp->rm", queries, candidates, precision="highest")
             # Correct candidates that reach the best score (it itself among them) compete with none.
             own = jnp.where(valid, scores[row, column], -jnp.inf)
             best = jnp.full(len(scores), -jnp.inf).at[row].max(own)
@@ -147,7 +150,7 @@ def _rank_blocks(mesh: Mesh, top: int):
     mapped = jax.shard_map(
         ranked,
         mesh=mesh,
-        in_specs=(over, over, over, over, whole, whole, whole),
+        in_specs=(over, over, over, over, whole),
         out_specs=over,
         check_vma=False,
     )
