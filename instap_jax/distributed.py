@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from instap_jax.errors import UserError, exit_code
+from instap_jax.errors import Stopped, UserError, exit_code
 from instap_jax.progress import Progress
 
 # All three or none: a process that was told one of them is meant to be part of a pod.
@@ -36,8 +36,8 @@ def joined(config: ConfigDict) -> Iterator[None]:
     initialize(config)
     try:
         yield
-    except Exception as error:
-        if jax.process_count() > 1:
+    except BaseException as error:
+        if jax.process_count() > 1 and not isinstance(error, Stopped):
             atexit.register(_leave, exit_code(error))  # before JAX's own, which waits
         raise
 
@@ -76,7 +76,6 @@ def initialize(config: ConfigDict) -> None:
             **explicit,
             initialization_timeout=config.initialization_timeout,
             heartbeat_timeout_seconds=config.heartbeat_timeout,
-            shutdown_timeout_seconds=config.heartbeat_timeout,
         )
     except ValueError as error:
         if explicit or "coordinator_address should be defined" not in str(error):
@@ -119,14 +118,14 @@ def check_shared(path: Path) -> None:
 
 def _checksum(path: Path) -> int:
     try:
-        return zlib.crc32(path.read_bytes())
+        return zlib.crc32(path.read_bytes()) >> 1  # as an int32
     except OSError:
         return -1
 
 
 def _gather(number: int) -> list[int]:
-    """The number of every process, in their order."""
-    return np.ravel(multihost_utils.process_allgather(np.int64(number))).tolist()
+    """The number, an int32, of every process, in their order."""
+    return np.ravel(multihost_utils.process_allgather(np.int32(number))).tolist()
 
 
 def _leave(code: int) -> None:

@@ -13,8 +13,12 @@ class UserError(Exception):
     """
 
 
-class Preempted(KeyboardInterrupt):
-    """The machine is about to be taken away (SIGTERM), and what could be saved is saved."""
+class Stopped(KeyboardInterrupt):
+    """A signal has ended the run between two steps, in all its processes, and it is saved."""
+
+
+class Preempted(Stopped):
+    """Likewise, by SIGTERM: the machine is about to be taken away."""
 
 
 def exit_code(error: BaseException) -> int:

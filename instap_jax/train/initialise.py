@@ -47,8 +47,9 @@ def initial_params(
                 f"config.text.checkpoint={source} and config.checkpoint.init_from both give 'text'"
             )
         params["text"], origins["text"] = _text(config, abstract["text"], fresh["text"])
-    for name in params:
-        print(f"init {name}: {_size(abstract[name])}, {origins.get(name, 'fresh')}")
+    if jax.process_index() == 0:
+        for name in params:
+            print(f"init {name}: {_size(abstract[name])}, {origins.get(name, 'fresh')}")
     return nnx.State(params)
 
 
@@ -91,7 +92,7 @@ def _modules(
     lost = [name for name in unused if stage == config.stage or name not in objective.leaves]
     if lost:
         raise UserError(f"{source}: stage {config.stage!r} has no place for its {lost[0]!r}")
-    if unused:
+    if unused and jax.process_index() == 0:
         print(f"init leaves {', '.join(unused)} of {source}")
     return modules
 

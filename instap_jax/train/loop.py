@@ -57,8 +57,8 @@ def train(
 
     Raises:
       UserError: for faults of the input: data, teacher, checkpoint, non-finite loss.
-      KeyboardInterrupt: when `stop` of any process asked (`errors.Preempted` for SIGTERM); all
-        have saved the same step.
+      Stopped: when `stop` of any process asked (`Preempted` for SIGTERM); all have saved the same
+        step.
     """
     mesh = sharding.make_mesh(config.mesh)
     use_compile_cache(config, workdir, mesh)

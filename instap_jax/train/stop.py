@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 
-from instap_jax.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, Preempted
+from instap_jax.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, Preempted, Stopped
 
 
 class Ask(enum.IntEnum):
@@ -25,7 +25,7 @@ class Ask(enum.IntEnum):
 
     def raise_(self) -> None:
         """Raises what ends the run with the right exit code."""
-        raise KeyboardInterrupt if self is Ask.INTERRUPTED else Preempted
+        raise Stopped if self is Ask.INTERRUPTED else Preempted
 
 
 _SIGNALS = {signal.SIGTERM: Ask.PREEMPTED, signal.SIGINT: Ask.INTERRUPTED}
