@@ -21,9 +21,10 @@ Array = jax.Array
 
 
 def data_ways() -> int:
-    """Over how many ways the current mesh splits a batch."""
+    """Over how many ways the partitioner splits a batch; within `shard_map` it splits nothing."""
     mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape.get(axis, 1) for axis in sharding.DATA_AXES)
+    split = (axis for axis in mesh.auto_axes if axis in sharding.DATA_AXES)
+    return math.prod(mesh.shape[axis] for axis in split)
 
 
 def gathered(param: nnx.Param, dtype: Any) -> Array:
