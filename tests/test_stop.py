@@ -49,7 +49,8 @@ def test_the_first_signal_waits_and_the_second_does_not():
     process.send_signal(signal.SIGTERM)
     assert process.stderr.readline() == "\n"
     assert "SIGTERM: stopping at the end of the step" in process.stderr.readline()
-    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)  # to its group as well, say
+    time.sleep(1.1)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == EXIT_PREEMPTED

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 
 from instap_jax.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, Preempted, Stopped
 
@@ -29,6 +30,9 @@ class Ask(enum.IntEnum):
 
 
 _SIGNALS = {signal.SIGTERM: Ask.PREEMPTED, signal.SIGINT: Ask.INTERRUPTED}
+# Seconds in which a second signal is still the first: launchers send one to a process, and to the
+# group that it is in.
+_SAME = 1.0
 _CODES = {Ask.PREEMPTED: EXIT_PREEMPTED, Ask.INTERRUPTED: EXIT_INTERRUPTED}
 
 
@@ -48,6 +52,7 @@ class StopRequest:
     def __init__(self, *, hold: bool = True):
         self.asked = Ask.NOTHING
         self._holds = hold
+        self._since = 0.0
         self._before: dict[int, object] = {}
 
     def __bool__(self) -> bool:
@@ -76,12 +81,16 @@ class StopRequest:
         self._holds = True
 
     def _watch(self) -> None:
-        while numbers := self._read.recv(1):
-            if numbers[0] in _SIGNALS:
-                self._signal(signal.Signals(numbers[0]))
+        with self._read:
+            while numbers := self._read.recv(1):
+                if numbers[0] in _SIGNALS:
+                    self._signal(signal.Signals(numbers[0]))
 
     def _signal(self, number: signal.Signals) -> None:
         again, ask = bool(self), _SIGNALS[number]
+        if again and time.monotonic() - self._since < _SAME:
+            return
+        self._since = time.monotonic()
         self.asked = max(self.asked, ask)
         what = "at once"
         if self._holds and not again:
