@@ -65,12 +65,18 @@ def use_compile_cache(config: ConfigDict, workdir: Path, mesh: Mesh) -> str | No
     a host with another processor. Safe with several processes: JAX lets process 0 alone write, and
     an entry that cannot be read is compiled again.
 
+    Several CPU processes, the rehearsal of a pod, go without: the entries of process 0 are found by
+    no other, which are then so far behind that process 0 gives up its first collective (30 s).
+
     Raises:
       UserError: the directory cannot be made.
     """
     before = jax.config.jax_compilation_cache_dir
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    if on_cpu and jax.process_count() > 1:
+        return before
     directory = config.compute.cache_dir or before
-    if not directory and mesh.devices.flat[0].platform != "cpu":
+    if not directory and not on_cpu:
         directory = str(workdir / CACHE_DIRECTORY)
     if not directory or directory == before:
         return directory
