@@ -209,6 +209,7 @@ def test_an_error_in_the_background_stops_the_run_at_a_later_step(copy, monkeypa
 def test_a_failed_checkpoint_is_made_up_for(copy, monkeypatch, capsys):
     _Failing(monkeypatch, 2)
     saver = checkpointer(copy, retries=2, retry_seconds=0.01)
+    assert saver.due(6) and not saver.due(7)
     saver.save(state_of(6), 6, data={"at": 6}, meta=META)
     saver.wait()
     assert "step 6; the last checkpoint is from step 4; trying again in 0.01 s" in (
