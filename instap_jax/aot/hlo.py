@@ -102,7 +102,7 @@ def parse(text: str) -> Module:
             if header:
                 name, lines, root = header[2], {}, ""
                 entry = name if header[1] else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":  # "}}, metadata=..." goes on with a Pallas call's attributes
             computations[name] = Computation(name=name, instructions=lines, root=root)
             name = None
         else:
