@@ -8,12 +8,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from tiny import tiny_config
 
 from instap_jax import main, sharding
-from instap_jax.aot import compiling, hlo, lowering, topology
+from instap_jax.aot import compiling, hlo, kernels, lowering, topology
 from instap_jax.errors import UserError
 from instap_jax.train.flops import peak_flops
 from instap_jax.types import Kind
@@ -128,6 +129,37 @@ def test_traffic_between_slices_of_a_compiled_program():
     # Of every gradient a chip sends its quarter to the other slice.
     assert total(found, network="DCN") == 6 * layer / 4
     assert total(found, network="ICI", kind="all-gather") == 6 * layer * 3 / 4
+
+
+def test_kernels_are_found_counted_and_bounded():
+    """A product of 512 x 512 in 4 blocks of rows, in a loop of 3."""
+
+    def kernel(x, w, out):
+        out[...] = jnp.dot(x[...], w[...], preferred_element_type=jnp.float32).astype(out.dtype)
+
+    rows = pallas.BlockSpec((128, 512), lambda i: (i, 0))
+    whole = pallas.BlockSpec((512, 512), lambda i: (0, 0))
+    product = pallas.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((512, 512), jnp.bfloat16),
+        grid=(4,),
+        in_specs=[rows, whole],
+        out_specs=rows,
+        name="product",
+    )
+
+    def step(x, w):
+        return jax.lax.fori_loop(0, 3, lambda _, y: product(y, w), x)
+
+    array = jax.ShapeDtypeStruct((512, 512), jnp.bfloat16)
+    where = topology.parse("v5e:1x1")
+    with jax.default_matmul_precision("default"):
+        jaxpr = jax.make_jaxpr(step)(array, array).jaxpr
+    (call,) = kernels.measure(jaxpr, where)
+    assert (call.name, call.grid, call.times) == ("product", (4,), 3)
+    at_peak = 2 * 512**3 / 197e12 * where.chip.clock
+    assert at_peak < call.cycles < 4 * at_peak
+    assert kernels.measure(jax.make_jaxpr(jnp.dot)(array, array).jaxpr, where) == []
 
 
 @pytest.fixture(scope="module")

@@ -85,6 +85,7 @@ def test_loops_multiply_and_a_fusion_carries_the_cost_of_its_parts():
         (("direction=LT\n}\n\n%body", "direction=LE\n}\n\n%body"), 4),
         (("direction=LT\n}\n\n%body", "direction=NE\n}\n\n%body"), 3),
         (("copy(%constant.3)", "rng-get-and-update-state()"), None),  # unknown: not a constant
+        (("(%param.1), index=0", "(%param.1), index=2"), None),  # steps from another counter
         (("add(%add.1, %constant.1)", "multiply(%add.1, %constant.1)"), None),
     ],
 )
@@ -168,12 +169,15 @@ def test_traffic_between_slices():
     inside = LINE.format(
         n=1, shape="f32[256]", op="reduce-scatter", groups="replica_groups={{0,1},{2,3}}"
     )
+    all_of_slice = LINE.format(n=2, shape="f32[256]", op="all-reduce", groups="replica_groups={}")
     # A program is that of one slice: 4 of the 8 devices, of which two share their parameters.
     mesh = {"replica": 4, "fsdp": 2, "tensor": 1}
-    across, within = hlo.collectives(entry(megascale, inside), mesh, slices=2)
+    visits = entry(megascale, inside, all_of_slice)
+    across, within, whole = hlo.collectives(visits, mesh, slices=2)
     assert (across.network, across.kind, across.axes) == ("DCN", "all-reduce", "replica")
     assert across.bytes == 128 * 8 * 128 * 2  # twice the payload, halved
     assert (within.network, within.axes, within.bytes) == ("ICI", "fsdp", 1024)
+    assert (whole.axes, whole.bytes) == ("replica+fsdp", 2 * 1024 * 3 / 4)
 
 
 def test_groups_of_a_named_mesh_in_any_order():
