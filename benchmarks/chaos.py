@@ -14,6 +14,7 @@ all. `docs/reliability.md` says what the parts do and what they found.
 
 import argparse
 import contextlib
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -30,6 +31,7 @@ from pathlib import Path
 import chaos_child
 from chaos_child import EVERY, STAGES, STEPS
 
+import instap_jax
 from instap_jax.progress import Progress
 
 TIMES = ("time", "examples_per_second", "step_seconds", "data_wait_seconds", "compute_seconds")
@@ -44,6 +46,8 @@ class Trainings:
 
     def __init__(self, out: Path):
         self.out, self.made = out, out / "made"
+        out.mkdir(parents=True, exist_ok=True)
+        _check_code(out / "code.txt")
         os.environ.update(
             JAX_PLATFORMS="cpu",
             JAX_COMPILATION_CACHE_DIR=str(out / "xla_cache"),
@@ -85,6 +89,16 @@ class Trainings:
                     raise SystemExit(f"{workdir} failed: {notes_of(workdir)}/output.log")
             seconds.write_text(f"{time.monotonic() - begun:.2f}")
         return workdir, float(seconds.read_text())
+
+
+def _check_code(path: Path) -> None:
+    """Other code may round differently: its trainings are not compared with this one's."""
+    total = hashlib.sha256()
+    for file in sorted(Path(instap_jax.__file__).parent.rglob("*.py")):
+        total.update(file.read_bytes())
+    if path.exists() and path.read_text() != total.hexdigest():
+        raise SystemExit(f"{path.parent} holds results of other code; name another --out")
+    path.write_text(total.hexdigest())
 
 
 def notes_of(workdir: Path) -> Path:

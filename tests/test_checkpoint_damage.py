@@ -224,6 +224,21 @@ def test_a_failed_checkpoint_is_made_up_for(copy, monkeypatch, capsys):
     assert restored_step(copy) == 7
 
 
+@pytest.mark.parametrize("empty_left", [True, False])
+def test_vanished_storage_is_noticed(copy, empty_left):
+    saver = checkpointer(copy)
+    there = (copy / "checkpoints").rename(copy / "unmounted")
+    if empty_left:  # as an unmounted file system leaves
+        (copy / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r"unmounted\?|No such file"):
+        saver.save(state_of(6), 6, data={"at": 6}, meta=META)
+    saver.close()
+    if empty_left:
+        (copy / "checkpoints").rmdir()
+    there.rename(copy / "checkpoints")
+    assert restored_step(copy) == 4
+
+
 def test_what_a_killed_save_left_is_removed(copy):
     left = copy / "checkpoints" / "6.orbax-checkpoint-tmp"
     shutil.copytree(copy / "checkpoints" / "4", left)

@@ -222,7 +222,7 @@ def test_an_update_that_is_not_finite_stops_the_run_and_is_replayed(
     with _harmed_dump(tmp_path, tmp_path / "harmed", sample=(5, 0)) as name:
         assert main.main(["replay", f"--workdir={tmp_path / 'harmed'}", "--dump=2"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"\bloss +nan", out) and "gradients: not finite in" in out
+    assert re.search(r"grad_norm +nan +not finite", out) and "gradients: not finite in" in out
     assert out.count("not finite by itself") == 1
     assert f"not finite by itself: sample {name}\n" in out
 

@@ -46,7 +46,7 @@ def storage_faults(what: str):
         raise
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
-        if system := re.search(r"\[OS error \d+: \w+ ([^\]]+)\]", reason):
+        if system := re.search(r": ([^:]+) \[os_error_code", reason):
             reason = f"{system[1]}: {reason}"  # tensorstore names it at the end of a long line
         reason = reason[:300]
         raise UserError(f"{what} ({type(error).__name__}: {reason})") from error

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import sys
 import time
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from instap_jax.errors import UserError
 from instap_jax.train import integrity
@@ -53,6 +55,7 @@ class Checkpointer:
         with storage_faults(f"{workdir}: cannot open its checkpoints"):
             self._manager = open_manager(workdir, options)
         set_aside_damaged(self._manager, workdir, ITEMS)
+        self._place = _identity(self._manager.directory)
 
     def latest_step(self) -> int | None:
         """Of the newest checkpoint, one being written included."""
@@ -88,6 +91,7 @@ class Checkpointer:
                 return
             try:
                 with storage_faults("cannot save"):
+                    self._check_place()
                     self._manager.save(step, args=args, force=True)
                 self._in_progress = step
             except UserError as error:
@@ -139,6 +143,11 @@ class Checkpointer:
         with storage_faults(f"{self._workdir}: cannot close its checkpoints"):
             self._manager.close()
 
+    def _check_place(self) -> None:
+        """An unmounted file system leaves an empty directory, which would be written to."""
+        if _identity(self._manager.directory) != self._place:
+            raise OSError(f"{self._manager.directory} is not the directory it was: unmounted?")
+
     def _settle(self) -> None:
         """Waits for a save in progress, and takes note of how it ended."""
         if self._in_progress is None:
@@ -170,6 +179,14 @@ class Checkpointer:
         pause = self._retry_seconds * 2 ** (self._failures - 1)
         self._again_at = time.monotonic() + pause
         print(f"{line}; trying again in {pause:g} s", file=sys.stderr)
+
+
+def _identity(directory: epath.Path) -> tuple[int, int] | None:
+    """Device and number of a local directory; None for an object store's."""
+    if "://" in str(directory):
+        return None
+    stat = os.stat(directory)
+    return stat.st_dev, stat.st_ino
 
 
 def _silence_orbax() -> None:
