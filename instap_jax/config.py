@@ -276,7 +276,7 @@ def _compute() -> ConfigDict:
     c = ConfigDict()
     c.dtype = "bfloat16"  # of activations and matmuls; parameters, norms, softmax, loss: float32
     # What the backward pass keeps of a block: 'none' (only its input), 'attention' (also what the
-    # splash kernel put out), 'dots' (matmul outputs without batch dimensions), 'all' (everything).
+    # splash kernel put out), 'dots' (matmul outputs without batch dimensions too), 'all'.
     c.remat = "none"
     # What computes attention: 'xla', the TPU's 'splash' kernel, the GPU's 'cudnn', or by the mesh's
     # platform and the length, 'auto' (docs/attention.md).

@@ -466,7 +466,10 @@ def layer(blocks: nnx.Module, index: int) -> nnx.Module:
 _REMAT = {
     "none": jax.checkpoint_policies.nothing_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names(attention_backends.SAVED),
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(attention_backends.SAVED),
+    ),
 }
 
 
@@ -492,7 +495,7 @@ def scan_blocks(
       blocks: what `stack` made.
       x: the carry, an array or a pytree of arrays.
       remat: what the backward pass keeps of a block: 'none' (only its input), 'attention' (also
-        what splash put out), 'dots' (matmul outputs without batch dimensions), 'all' (everything).
+        what splash put out), 'dots' (matmul outputs without batch dimensions too), 'all'.
       key: folded with the layer's index; None runs deterministically.
       drop_path_rates: float [depth] over the whole stack.
       taps: the outputs of the last `taps` of these layers are also returned. Two loops, so that

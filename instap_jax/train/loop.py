@@ -234,7 +234,7 @@ class _Run:
         if peak is None or fed.kind in self._flops:
             return
         without_remat = self._config.copy_and_resolve_references()
-        without_remat.compute.remat = "all"
+        without_remat.compute.update(remat="all", attention="xla")  # products in kernels hide
         program = build_program(without_remat, self._mesh)
         count = flops.count_flops(program.step, state, frozen, fed.batch)
         self._flops[fed.kind] = count / (peak * self._mesh.size)
