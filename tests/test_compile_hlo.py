@@ -78,6 +78,22 @@ def test_loops_multiply_and_a_fusion_carries_the_cost_of_its_parts():
     assert hlo.hottest(visits, 2) == [(600, "convert"), (180, "tanh")]
 
 
+KERNEL = """  %splash.1 = (f32[2,640]{1,0}, bf16[8,128]{1,0}) custom-call(%convert.1), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 640}"
+}}, metadata={op_name="jit(step)/splash"}, backend_config={"custom_call_config":{"body":"TUz"},"estimated_cycles":"7"}
+"""  # noqa: E501
+
+
+def test_lines_of_a_kernel_do_not_end_its_computation():
+    text = LOOPS.replace("  ROOT %tuple.3", KERNEL + "  ROOT %tuple.3")
+    assert text.count("splash.1") == 1
+    visits = visits_of(text)
+    assert len(visits) == len(visits_of(LOOPS)) + 1
+    (kernel,) = (v for v in visits if v.instruction.name == "splash.1")
+    assert (kernel.instruction.opcode, kernel.times) == ("custom-call", 6)
+    assert hlo.cycles(visits) == hlo.cycles(visits_of(LOOPS)) + 6 * 7
+
+
 @pytest.mark.parametrize(
     "change, runs",
     [

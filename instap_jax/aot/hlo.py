@@ -95,22 +95,25 @@ class Collective:
 
 def parse(text: str) -> Module:
     """Raises ValueError for a text without an entry computation."""
-    computations, entry, name, lines, root = {}, None, None, {}, ""
+    computations, entry, name = {}, None, None
+    lines: dict[str, Instruction] = {}
+    root, last = "", None
     for line in text.splitlines():
         if name is None:
             header = _COMPUTATION.match(line)
             if header:
-                name, lines, root = header[2], {}, ""
+                name, lines, root, last = header[2], {}, "", None
                 entry = name if header[1] else entry
-        elif line.rstrip() == "}":  # "}}, metadata=..." goes on with a Pallas call's attributes
+        elif line.rstrip() == "}":
             computations[name] = Computation(name=name, instructions=lines, root=root)
             name = None
-        else:
-            found = _INSTRUCTION.match(line)
-            if found:
-                is_root, label, shape, opcode, rest = found.groups()
-                lines[label] = Instruction(name=label, shape=shape, opcode=opcode, rest=rest)
-                root = label if is_root else root
+        elif found := _INSTRUCTION.match(line):
+            is_root, last, shape, opcode, rest = found.groups()
+            lines[last] = Instruction(name=last, shape=shape, opcode=opcode, rest=rest)
+            root = last if is_root else root
+        elif last:  # attributes of a kernel go on over several lines, which may start with '}'
+            before = lines[last]
+            lines[last] = dataclasses.replace(before, rest=f"{before.rest}\n{line}")
     if entry is None:
         raise ValueError("no entry computation in the text of the compiled program")
     return Module(computations=computations, entry=entry)
