@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -42,7 +42,12 @@ class Rules:
     patch: str | None = None
     proj: str | None = None
 
-    def spec(self, logical_axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
+    def spec(
+        self,
+        logical_axes: tuple[str | None, ...],
+        shape: tuple[int, ...],
+        mesh: Mesh | AbstractMesh,
+    ) -> P:
         """The partition of an array; missing leading axes (stacked layers) stay whole.
 
         Raises:
