@@ -61,18 +61,22 @@ hits = []
 jax.monitoring.register_event_listener(lambda name, **_: hits.append(name))
 from tiny import tiny_config
 from instap_jax.train.profiling import use_compile_cache
-jax.jit(lambda x: x + 1)(1)  # something was compiled before there was a cache
+jax.jit(lambda x: x + 1)(1)  # compiled into another cache before
 config = tiny_config("stage1", **{"compute.cache_dir": sys.argv[1]})
 mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("x",))
 assert use_compile_cache(config, pathlib.Path("/none"), mesh) == sys.argv[1]
+hits.clear()
 jax.jit(lambda x: x @ x.T + 3)(np.ones((4, 4), np.float32))
 print(sum(name.endswith("cache_hits") for name in hits))
 """
 
 
 def hits(directory) -> int:
-    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-    environment["PYTHONPATH"] = os.path.dirname(__file__)
+    environment = os.environ | {
+        "PYTHONPATH": os.path.dirname(__file__),
+        # What the configuration says goes before it, even when it has been used.
+        "JAX_COMPILATION_CACHE_DIR": str(directory.parent.with_name("other")),
+    }
     command = [sys.executable, "-c", PROGRAM, str(directory)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

@@ -88,5 +88,5 @@ def use_compile_cache(config: ConfigDict, workdir: Path, mesh: Mesh) -> str | No
             f"config.compute.cache_dir={directory}: cannot be made: {error.strerror}"
         ) from error
     jax.config.update("jax_compilation_cache_dir", directory)
-    compilation_cache.reset_cache()  # forgets that there was none when something was compiled
+    compilation_cache.reset_cache()  # goes on with the one before else, if that was in use
     return directory
