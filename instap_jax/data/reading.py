@@ -191,7 +191,8 @@ class Reader:
                 self._exhausted = True
                 self._changed.notify_all()
             return None
-        job = _Job(number=self._given, groups=groups, place=self._free.popleft())
+        # The place that was freed last: what is left of it in the cache is written over.
+        job = _Job(number=self._given, groups=groups, place=self._free.pop())
         self._given += 1
         return job
 
