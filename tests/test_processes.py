@@ -106,19 +106,31 @@ def whole(small_set, tmp_path_factory) -> Path:
     return workdir
 
 
-def test_numbers_are_those_of_one_device(small_set, whole, tmp_path, monkeypatch):
-    """And so of eight in one process: tests/test_train_step.py compares those with one."""
+def train_on_one_device(small_set, workdir: Path, monkeypatch, *, last: int) -> list[dict]:
+    """Trains, or goes on, in this process; returns the metrics."""
     make_mesh = sharding.make_mesh
-    monkeypatch.setattr(loop.sharding, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
-    config = small_config(small_set, stop_at=3)
-    config.mesh.tensor = 1
-    config_check.check(config)
-    loop.train(config, tmp_path, StopRequest())
-    alone, together = read_metrics(tmp_path), read_metrics(whole)
-    assert [line["step"] for line in together] == list(range(1, TARGET + 1))
-    for one, two in zip(alone, together[:3], strict=True):
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.sharding, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
+        config = small_config(small_set, stop_at=last)
+        config.mesh.tensor = 1
+        config_check.check(config)
+        loop.train(config, workdir, StopRequest())
+    return read_metrics(workdir)
+
+
+def assert_close(first: list[dict], second: list[dict]) -> None:
+    for one, two in zip(first, second, strict=True):
+        assert one["step"] == two["step"]
         for name, tolerance in COMPARED.items():
             assert two[name] == pytest.approx(one[name], rel=tolerance), (one["step"], name)
+
+
+def test_numbers_are_those_of_one_device(small_set, whole, tmp_path, monkeypatch):
+    """And so of eight in one process: tests/test_train_step.py compares those with one."""
+    alone = train_on_one_device(small_set, tmp_path, monkeypatch, last=3)
+    together = read_metrics(whole)
+    assert [line["step"] for line in together] == list(range(1, TARGET + 1))
+    assert_close(alone, together[:3])
 
 
 def test_one_process_writes_and_speaks(whole):
@@ -133,8 +145,8 @@ def test_one_process_writes_and_speaks(whole):
     assert len(said) == 1 and said[0].startswith("process 1 of 2"), second
 
 
-def test_preempted_resumed_killed(small_set, whole, tmp_path):
-    """SIGTERM to one process, another start, SIGKILL to one process: in one run."""
+def test_preempted_resumed_killed(small_set, whole, tmp_path, monkeypatch):
+    """SIGTERM to one process, another start, SIGKILL to one process, on with one: in one run."""
     workdir = tmp_path / "run"
     pod = Pod(small_config(small_set), workdir)
     pod.wait_for(2)
@@ -156,6 +168,10 @@ def test_preempted_resumed_killed(small_set, whole, tmp_path):
     for a, b in zip(_saved(whole), _saved(workdir), strict=True):
         np.testing.assert_array_equal(a, b)
     assert _position(whole) == _position(workdir)
+
+    next_step = read_metrics(workdir)[TARGET]
+    alone = train_on_one_device(small_set, workdir, monkeypatch, last=TARGET + 1)
+    assert_close([next_step], alone[TARGET:])
 
 
 def _saved(workdir: Path) -> list[np.ndarray]:
