@@ -12,11 +12,11 @@ from tiny import tiny_config
 from instap_jax.errors import UserError
 from instap_jax.evaluation import encoder
 from instap_jax.train import flops
-from instap_jax.train.checkpoint import Checkpointer
 from instap_jax.train.initialise import initial_params
 from instap_jax.train.objectives import objective
 from instap_jax.train.objectives.align import TERMS
 from instap_jax.train.objectives.pairs import Pairs, matching
+from instap_jax.train.saving import Checkpointer
 
 
 def align_config(**changes) -> ConfigDict:
