@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--rows", default="", help="regular expression of the names of rows")
     parser.add_argument("--list", action="store_true", help="names and commands of the rows")
     parser.add_argument("--table", action="store_true", help="print the table; compile nothing")
-    parser.add_argument("--results", type=Path, default=Path("scale-results"))
+    parser.add_argument("--results", type=Path, default=Path("runs/scale"))
     parser.add_argument("--cache", default="~/.cache/instap_jax/compile")
     args = parser.parse_args()
     args.results.mkdir(parents=True, exist_ok=True)
