@@ -67,7 +67,7 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--inputs", type=int, default=1_000_000, help="over all targets")
+    parser.add_argument("--inputs", type=float, default=1e6, help="over all targets")
     parser.add_argument("--targets", default=",".join(fuzz_targets.SHARES))
     parser.add_argument("--first", type=int, default=0, help="number of each target's first input")
     parser.add_argument("--seed", type=int, default=0)
