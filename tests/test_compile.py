@@ -256,6 +256,7 @@ def test_out_of_memory_says_how_much_and_what_to_change(config_file, tmp_path, c
         (("--topology=v5e-7",), "v5litepod-1"),
         (("--kinds=film",), "choose from image, video"),
         (("--json=/no/such/dir/x.json",), "/no/such/dir"),
+        (("--cache=/dev/null/x",), "--cache=/dev/null/x: Not a directory"),
         (("--config.data.batch_size=7",), "choose a multiple of 4"),
         (("--config.mesh.fsdp=3",), "config.mesh"),
     ],

@@ -102,7 +102,6 @@ def measure(step: LoweredStep, where: topology.Topology, cache: Path | None) -> 
         return StepFigures(**json.loads(path.read_text()))
     figures = _measure(step, where)
     if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(f".{os.getpid()}.partial")
         aside.write_text(json.dumps(dataclasses.asdict(figures)))
         os.replace(aside, path)

@@ -41,7 +41,7 @@ def run(values: flags.FlagValues) -> int:
 
     where = topology.parse(values.topology, values.slices)
     out = _writable(values.json)
-    cache = Path(values.cache).expanduser() if values.cache else None
+    cache = _made(values.cache)
     figures = []
     for kind in _kinds(values.kinds, lowering.kinds(config)):
         step = lowering.lower(config, where, kind)
@@ -67,12 +67,24 @@ def _kinds(text: str | None, default: tuple) -> tuple:
         raise UserError(f"--kinds={text}: {error}; choose from {', '.join(Kind)}") from error
 
 
+def _made(directory: str) -> Path | None:
+    if not directory:
+        return None
+    path = Path(directory).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--cache={directory}: {error.strerror}") from error
+    return path
+
+
 def _writable(path: str | None) -> Path | None:
     """Found out before minutes of compiling."""
     if path is None:
         return None
     out = Path(path)
-    if not out.parent.is_dir() or out.is_dir():
-        raise UserError(f"--json={path}: no such directory" if not out.is_dir() else
-                        f"--json={path} is a directory")  # fmt: skip
+    if out.is_dir():
+        raise UserError(f"--json={path} is a directory")
+    if not out.parent.is_dir():
+        raise UserError(f"--json={path}: no such directory")
     return out
