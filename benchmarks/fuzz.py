@@ -27,6 +27,7 @@ from pathlib import Path
 
 import fuzz_targets
 
+from instap_jax.data.processes import exit_with_parent
 from instap_jax.progress import Progress
 
 CHUNK_SECONDS = 2.0  # of work handed to a process at once, about
@@ -104,6 +105,8 @@ def _work_all(tasks, args: argparse.Namespace, scratch: str) -> Iterator[tuple]:
 
 
 def _enter(scratch: str) -> None:
+    if multiprocessing.parent_process() is not None:
+        exit_with_parent()
     fuzz_targets.prepare(tempfile.mkdtemp(dir=scratch))
     signal.signal(signal.SIGALRM, _alarm)
 
