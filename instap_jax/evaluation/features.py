@@ -9,7 +9,7 @@ the limit given, and are otherwise computed again from the media, one batch at a
 import collections
 import dataclasses
 import functools
-import pickle
+import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -171,15 +171,24 @@ def _of_all_hosts(step: SuiteBatch) -> list[Facts]:
     if jax.process_count() == 1:
         return step.facts
     records = step.batch["record"][step.batch["sample_valid"]].tolist()
-    mine = np.frombuffer(pickle.dumps(dict(zip(records, step.facts, strict=True))), np.uint8)
+    facts = zip(records, map(dataclasses.asdict, step.facts), strict=True)
+    mine = np.frombuffer(json.dumps(list(facts)).encode(), np.uint8)
     sizes = np.ravel(multihost_utils.process_allgather(np.int64(len(mine))))
     padded = np.zeros(int(sizes.max()), np.uint8)
     padded[: len(mine)] = mine
     rows = multihost_utils.process_allgather(padded)
     found: dict[int, Facts] = {}  # hosts that share a tensor axis have the same records
     for row, size in zip(rows, sizes):
-        found |= pickle.loads(row[:size].tobytes())
+        found |= {record: _facts(content) for record, content in json.loads(row[:size].tobytes())}
     return [found[record] for record in sorted(found)]
+
+
+def _facts(content: dict[str, Any]) -> Facts:
+    """What `dataclasses.asdict` and JSON have made of facts, as it was."""
+    instances = (
+        InstanceFacts(**one | {"captions": tuple(one["captions"])}) for one in content["instances"]
+    )
+    return Facts(id=content["id"], captions=tuple(content["captions"]), instances=tuple(instances))
 
 
 def refuse_faults(out: dict[str, np.ndarray], source: RecordSource) -> None:

@@ -79,7 +79,7 @@ def rank_queries(
         # score is compared with itself, and the rank would be off by one.
         queries = np.pad(queries, ((0, 0), (0, 1)), constant_values=1)
         candidates = np.column_stack([candidates, -np.asarray(offset, np.float32)])
-    count, rows = len(candidates), block_rows(len(candidates))
+    rows = block_rows(len(candidates))
     shards = sharding.data_shards(mesh)
     blocks = math.ceil(len(queries) / (rows * shards)) * shards
     padded = np.zeros((blocks * rows, queries.shape[1]), np.float32)
