@@ -41,7 +41,11 @@ class Tracer:
         if not self._first <= number <= self._last or jax.process_index():
             return call(*args)
         if not self._tracing:
-            jax.profiler.start_trace(str(self._directory))
+            options = jax.profiler.ProfileOptions()
+            # Python's own calls are not asked for, and hooking them into threads that run, such as
+            # those of a save, can crash the process.
+            options.python_tracer_level = 0
+            jax.profiler.start_trace(str(self._directory), profiler_options=options)
             self._tracing = True
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             result = call(*args)
