@@ -82,21 +82,16 @@ def encode_crops(
     if parts == 1:
         return encoder(crops, visible=visible, mask=mask, key=key).tokens
 
-    # The backward pass computes a part again, and keeps all products of that part alone: as much
-    # work as recomputing every layer from its input, without the inputs of all parts' layers.
-    again = encoder.remat != "all"
-    remat = "dots" if again else "all"
-
     def encode(part):
         index, part = part
         crops, visible, mask = split_over_data(part)
         part_key = None if key is None else jax.random.fold_in(key, index)
-        return encoder(crops, visible=visible, mask=mask, key=part_key, remat=remat).tokens
+        return encoder(crops, visible=visible, mask=mask, key=part_key).tokens
 
     cut = jax.tree.map(
         lambda x: x.reshape((-1, parts, *x.shape[1:])).swapaxes(0, 1), (crops, visible, mask)
     )
-    tokens = lax.map(jax.checkpoint(encode) if again else encode, (jnp.arange(parts), cut))
+    tokens = lax.map(encode, (jnp.arange(parts), cut))
     return split_over_data(tokens.swapaxes(0, 1).reshape((-1, *tokens.shape[2:])))
 
 
