@@ -82,12 +82,19 @@ def encode_crops(
     if parts == 1:
         return encoder(crops, visible=visible, mask=mask, key=key).tokens
 
+    # The backward pass computes a part again, keeping of its layers their inputs and what splash
+    # put out: a third run of the other products, for the layers' inputs of one part instead of all.
+    again = encoder.remat != "all"
+    remat = "attention" if again else "all"
+
     def encode(part):
         index, part = part
         crops, visible, mask = split_over_data(part)
         part_key = None if key is None else jax.random.fold_in(key, index)
-        return encoder(crops, visible=visible, mask=mask, key=part_key).tokens
+        return encoder(crops, visible=visible, mask=mask, key=part_key, remat=remat).tokens
 
+    if again:
+        encode = jax.checkpoint(encode, prevent_cse=False)  # as in `scan_blocks`
     cut = jax.tree.map(
         lambda x: x.reshape((-1, parts, *x.shape[1:])).swapaxes(0, 1), (crops, visible, mask)
     )

@@ -90,6 +90,7 @@ class VisionEncoder(nnx.Module):
         mask: Array | None = None,
         key: Array | None = None,
         taps: int = 0,
+        remat: str | None = None,
     ) -> VisionOutput:
         """Encodes the visible tokens of a batch of clips.
 
@@ -100,6 +101,7 @@ class VisionEncoder(nnx.Module):
             others mean nothing.
           key: for stochastic depth; None runs deterministically.
           taps: also return the outputs of the last `taps` layers.
+          remat: another policy than the encoder's own.
         """
         patches = patchify(video, self.patch)
         frames = video.shape[1]
@@ -112,7 +114,7 @@ class VisionEncoder(nnx.Module):
         x, tapped = scan_blocks(
             self.blocks,
             x + codes.astype(self.dtype),
-            remat=self.remat,
+            remat=remat or self.remat,
             key=key if any(self.drop_path_rates) else None,
             drop_path_rates=jnp.asarray(self.drop_path_rates, jnp.float32),
             taps=taps,
