@@ -107,6 +107,7 @@ def choose(backend, *, platform=None, dtype=jnp.bfloat16, samples=4, tokens=3136
     sizes = dict(zip(("replica", "fsdp", "tensor"), shape)) if platform else {}
     mesh = types.SimpleNamespace(
         empty=platform is None,
+        auto_axes=tuple(sizes),
         shape=sizes,
         abstract_device=types.SimpleNamespace(platform=platform),
     )
