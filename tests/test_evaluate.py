@@ -89,7 +89,8 @@ def test_embeddings_are_those_of_the_model_one_record_at_a_time(encoders, eight,
 def test_tokens_beyond_the_limit_are_computed_again_the_same(encoders, eight, small_set):
     again = embed(encoders[8], small_set, token_limit=0)
     for kept, computed in zip(eight.tokens(), again.tokens(), strict=True):
-        np.testing.assert_array_equal(kept, computed)
+        # Another program, which computes nothing else, may round otherwise.
+        np.testing.assert_allclose(kept, computed, rtol=0, atol=1e-5)
     assert embed(encoders[8], small_set).tokens is None
 
 

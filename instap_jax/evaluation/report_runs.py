@@ -145,10 +145,12 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     try:
         total = sum(1 for line in (path / METRICS).open(encoding="utf-8") if line.strip())
         lines = read_metrics(path)
-        by_step = {int(line["step"]): line for line in lines}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path / METRICS} is not a metrics file ({reason})") from error
+    if total and not lines:
+        raise UserError(f"{path / METRICS} is not a metrics file (none of its lines has a step)")
+    by_step = {line["step"]: line for line in lines}
     return [by_step[step] for step in sorted(by_step)], total - len(lines)
 
 

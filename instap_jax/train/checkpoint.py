@@ -31,6 +31,7 @@ from instap_jax.errors import UserError
 from instap_jax.train import integrity
 
 DIRECTORY = "checkpoints"
+CONVERTED = 0  # the step of weights that were converted; a training saves its first step as 1
 NEWEST, BEST = "newest", "best"  # which checkpoint of a run to read
 DIRECTORIES = {NEWEST: DIRECTORY, BEST: "checkpoints-best"}
 ITEMS = ("params", "optimizer", "data", "meta")
@@ -65,7 +66,7 @@ def open_manager(
 
 
 def write_params(workdir: str, params: Any, *, meta: dict[str, Any]) -> None:
-    """Writes parameters alone, as step 0 of `workdir`: what a conversion makes.
+    """Writes parameters alone, as step `CONVERTED` of `workdir`: what a conversion makes.
 
     Args:
       params: State of host arrays.
@@ -75,7 +76,7 @@ def write_params(workdir: str, params: Any, *, meta: dict[str, Any]) -> None:
         storage_faults(f"{workdir}: cannot save"),
         open_manager(workdir, ocp.CheckpointManagerOptions()) as manager,
     ):
-        manager.save(0, args=_readable(params, meta))
+        manager.save(CONVERTED, args=_readable(params, meta))
         manager.wait_until_finished()
 
 

@@ -258,11 +258,6 @@ class _Run:
 def _start(config, workdir: Path, program: Program, checkpointer) -> tuple[TrainState, dict | None]:
     if checkpointer.latest_step() is not None:
         _, meta = checkpoint.read_meta(str(workdir))
-        if "converted" in meta:
-            raise UserError(
-                f"{workdir} holds converted weights, not a run to go on with: train in another "
-                "--workdir, with --config.checkpoint.init_from naming this one"
-            )
         inputs.check_same(config, meta, str(workdir))
         return checkpointer.restore(program.abstract)
     state = program.init()

@@ -15,6 +15,7 @@ from etils import epath
 from instap_jax.errors import UserError
 from instap_jax.train import integrity
 from instap_jax.train.checkpoint import (
+    CONVERTED,
     DIRECTORY,
     ITEMS,
     open_manager,
@@ -54,6 +55,11 @@ class Checkpointer:
         )
         with storage_faults(f"{workdir}: cannot open its checkpoints"):
             self._manager = open_manager(workdir, options)
+        if self._manager.latest_step() == CONVERTED:
+            raise UserError(
+                f"{workdir} holds converted weights, not a run to go on with: train in another "
+                "--workdir, with --config.checkpoint.init_from naming this one"
+            )
         set_aside_damaged(self._manager, workdir, ITEMS)
         self._place = _identity(self._manager.directory)
 
