@@ -238,3 +238,23 @@ def test_largest_buffers():
         (588 << 20, "bf16[1024,312,4096], f32[2]"),
     ]
     assert compiling.largest_buffers("") == []
+
+
+def test_a_computation_of_another_core_ends_where_it_says_so():
+    text = """HloModule jit_step, is_scheduled=true
+
+%async_computation (param_0: bf16[8]) -> bf16[16] {
+  %param_0 = bf16[8]{0} parameter(0)
+  ROOT %all-gather.1 = bf16[16]{0} all-gather(%param_0), replica_groups={{0,1}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (param: bf16[8]) -> bf16[16] {
+  %param = bf16[8]{0} parameter(0)
+  %async-start = ((bf16[8]{0}), bf16[16]{0}, u32[]) async-start(%param), async_execution_thread="sparsecore", calls=%async_computation
+  ROOT %async-done = bf16[16]{0} async-done(%async-start)
+}
+"""
+    visits = hlo.walk(hlo.parse(text))
+    assert [one.instruction.opcode for one in visits] == [
+        "parameter", "async-start", "parameter", "all-gather", "async-done"
+    ]  # fmt: skip

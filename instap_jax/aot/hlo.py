@@ -23,6 +23,7 @@ _BRANCHES = re.compile(r"(?:true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCH_LIST = re.compile(r"branch_computations=\{([^}]*)\}")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_END = re.compile(r"^\}(, execution_thread=.*)?\s*$")  # a SparseCore's computations name it
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
@@ -104,7 +105,7 @@ def parse(text: str) -> Module:
             if header:
                 name, lines, root, last = header[2], {}, "", None
                 entry = name if header[1] else entry
-        elif line.rstrip() == "}":
+        elif _END.match(line):
             computations[name] = Computation(name=name, instructions=lines, root=root)
             name = None
         elif found := _INSTRUCTION.match(line):
