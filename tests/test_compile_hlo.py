@@ -250,7 +250,7 @@ def test_a_computation_of_another_core_ends_where_it_says_so():
 
 ENTRY %main (param: bf16[8]) -> bf16[16] {
   %param = bf16[8]{0} parameter(0)
-  %async-start = ((bf16[8]{0}), bf16[16]{0}, u32[]) async-start(%param), async_execution_thread="sparsecore", calls=%async_computation
+  %async-start = ((bf16[8]{0}), bf16[16]{0}) async-start(%param), calls=%async_computation
   ROOT %async-done = bf16[16]{0} async-done(%async-start)
 }
 """
