@@ -1,6 +1,7 @@
 """Validation during training: it disturbs nothing, and the best checkpoint can be used."""
 
 import json
+import shutil
 
 import jax
 import pytest
@@ -101,6 +102,17 @@ def test_another_run_can_start_from_the_best(finished, small_set, tmp_path, caps
     changes = {"checkpoint.init_from": str(finished[0]), "checkpoint.init_which": "best"}
     run(aligned_config(small_set, stop_at=1, **changes), tmp_path / "next")
     assert f"(align, best, step {best})" in capsys.readouterr().out
+
+
+def test_what_a_crash_left_of_the_best_is_removed(finished, small_set, tmp_path):
+    workdir, _ = finished
+    best, _ = checkpoint.read_meta(str(workdir), which="best")
+    directory = tmp_path / "checkpoints-best"
+    for name in (best, best - 1, f"{best + 1}.orbax-checkpoint-tmp"):  # -1: killed before deleting
+        shutil.copytree(workdir / "checkpoints-best" / str(best), directory / str(name))
+    program = type("Program", (), {"graphdef": None})
+    selection.Selection(validated(small_set), tmp_path, program, None, lambda *_: None)
+    assert [path.name for path in directory.iterdir()] == [str(best)]
 
 
 def test_only_a_better_value_replaces_the_best(small_set, tmp_path, monkeypatch):

@@ -82,15 +82,30 @@ def write_params(workdir: str, params: Any, *, meta: dict[str, Any]) -> None:
 
 def write_best(workdir: str, params: Any, *, step: int, meta: dict[str, Any]) -> None:
     """Writes the parameters of `step` as the best of the run, in place of the one before."""
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=1, enable_async_checkpointing=False, cleanup_tmp_directories=True
-    )
     with (
         storage_faults(f"{workdir}: cannot save the best checkpoint"),
-        open_manager(workdir, options, BEST) as manager,
+        _best_manager(workdir) as manager,
     ):
         set_aside_damaged(manager, workdir, READ)
         manager.save(step, args=_readable(params, meta), force=True)
+
+
+def tidy_best(workdir: str) -> None:
+    """Removes what a crash within `write_best` left: half of the new one, or the one before."""
+    with (
+        storage_faults(f"{workdir}: cannot tidy its best checkpoint"),
+        _best_manager(workdir) as manager,
+    ):
+        set_aside_damaged(manager, workdir, READ)
+        for step in sorted(manager.all_steps())[:-1]:
+            manager.delete(step)
+
+
+def _best_manager(workdir: str) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=1, enable_async_checkpointing=False, cleanup_tmp_directories=True
+    )
+    return open_manager(workdir, options, BEST)
 
 
 def _readable(params: Any, meta: dict[str, Any]) -> ocp.args.Composite:

@@ -49,6 +49,7 @@ class Selection:
             raise ValueError("config.evaluation.every is set: train() needs make_validate")
         self._validate = make_validate(config, mesh, program.graphdef)
         if self._metric and checkpoint.has_best(self._workdir):
+            checkpoint.tidy_best(self._workdir)
             _, meta = checkpoint.read_meta(self._workdir, which=checkpoint.BEST)
             if meta["selection"]["metric"] == self._metric:
                 self._best = meta["selection"]["value"]
