@@ -1,8 +1,10 @@
 """Traces of chosen steps, and a compile cache that a second process finds."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
+from concurrent import futures
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,15 @@ from instap_jax.train.profiling import Tracer, use_compile_cache
 
 
 def traced_steps(tmp_path, steps, numbers):
-    """Which of the steps `numbers` a trace of `steps` shows."""
+    """Which of the steps `numbers` a trace of `steps` shows.
+
+    In a process of its own: one that has loaded the TPU compiler, as other tests do, would crash.
+    """
+    with futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(trace, tmp_path, steps, numbers).result()
+
+
+def trace(tmp_path, steps, numbers):
     double = jax.jit(lambda x: 2 * x)
     with Tracer(steps, tmp_path) as tracer:
         for number in numbers:

@@ -75,7 +75,7 @@ def run(config, workdir: Path):
 @pytest.fixture(scope="module")
 def teacher(made) -> Path:
     workdir = made / "teacher"
-    run(teacher_config(made, **{"log.profile": "5:6"}), workdir)
+    run(teacher_config(made), workdir)
     return workdir
 
 
@@ -90,12 +90,10 @@ def timeless(workdir: Path) -> list[dict]:
 
 
 def test_teacher_leaves_what_is_documented(teacher):
-    assert len(list((teacher / "profile").rglob("*.xplane.pb"))) == 1
     assert {path.name for path in teacher.iterdir()} == {
         "config.json",
         "metrics.jsonl",
         "checkpoints",
-        "profile",
     }
     assert sorted(int(p.name) for p in (teacher / "checkpoints").iterdir()) == [2, 4, 6]
     lines = read_metrics(teacher)
@@ -326,7 +324,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(made, teacher, tmp_path):
         sys.executable, "-m", "instap_jax", "train", "--config=configs/tiny.py:stage1",
         f"--workdir={tmp_path}/run", f"--config.data.videos={made}/packed:train",
         f"--config.teacher.checkpoint={teacher}", "--config.checkpoint.every=100000",
-        "--config.log.every=1",
+        "--config.log.every=1", "--config.log.profile=1:100000",
     ]  # fmt: skip
     command += [
         f"--config.{key}={value}"
@@ -351,3 +349,4 @@ def test_ctrl_c_leaves_a_run_that_goes_on(made, teacher, tmp_path):
     last = read_metrics(tmp_path / "run")[-1]["step"]
     assert checkpoint.read_meta(str(tmp_path / "run"))[0] == last
     assert f"goes on from step {last}" in error
+    assert len(list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))) == 1

@@ -42,8 +42,7 @@ class Tracer:
             return call(*args)
         if not self._tracing:
             options = jax.profiler.ProfileOptions()
-            # Python's own calls are not asked for, and hooking them into threads that run, such as
-            # those of a save, can crash the process.
+            # Python's own calls would fill the trace; what the devices do is asked for.
             options.python_tracer_level = 0
             jax.profiler.start_trace(str(self._directory), profiler_options=options)
             self._tracing = True
