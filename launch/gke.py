@@ -23,7 +23,7 @@ from pathlib import Path
 from local_pod import workdir_of
 from shell import Shell
 from slices import Slice, slice_of
-from supervise import Policy, pod_code, say, split_command
+from supervise import add_limit, pod_code, say, split_command
 
 POLL = 15.0
 MAX_RESTARTS = 1000  # the limit that counts is the one without progress
@@ -44,13 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--env", action="append", default=[], metavar="NAME=VALUE", help="repeatable"
     )
-    parser.add_argument(
-        "--limit",
-        type=int,
-        default=Policy.limit,
-        metavar="N",
-        help="give up after N starts from the same checkpoint (%(default)s)",
-    )
+    add_limit(parser)
     parser.add_argument("--dry-run", action="store_true", help="print, run nothing")
     args = parser.parse_args(flags)
     jobset = JobSet(args, Shell(args.dry_run))

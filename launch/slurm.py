@@ -20,7 +20,7 @@ from pathlib import Path
 
 from local_pod import workdir_of
 from shell import Shell
-from supervise import PREEMPTED, Policy, launch_dir, split_command
+from supervise import PREEMPTED, add_limit, launch_dir, split_command
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,13 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         metavar="--FLAG=VALUE",
         help="such as --partition=P or --account=A; repeatable",
     )
-    parser.add_argument(
-        "--limit",
-        type=int,
-        default=Policy.limit,
-        metavar="N",
-        help="give up after N starts from the same checkpoint (%(default)s)",
-    )
+    add_limit(parser)
     parser.add_argument("--wait", action="store_true", help="until the job ends")
     parser.add_argument("--dry-run", action="store_true", help="print, run nothing")
     args = parser.parse_args(flags)

@@ -195,8 +195,8 @@ def launch_dir(workdir: Path) -> Path:
     return workdir.absolute().with_name(workdir.absolute().name + ".launch")
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `Policy`, for every launcher that supervises."""
+def add_limit(parser: argparse.ArgumentParser) -> None:
+    """The flag of `Policy.limit`, for a launcher whose platform does the waiting."""
     parser.add_argument(
         "--limit",
         type=_positive,
@@ -204,6 +204,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="give up after N starts from the same checkpoint (%(default)s)",
     )
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `Policy`, for every launcher that supervises."""
+    add_limit(parser)
     parser.add_argument(
         "--delay",
         type=float,

@@ -374,6 +374,13 @@ def test_slurm_script(capsys):
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
 
 
+@pytest.mark.parametrize("launcher", [slurm, local_pod, supervise])
+def test_a_limit_of_no_start_is_refused(launcher, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        launcher.main(["--limit=0", "--", *TRAIN])
+    assert "--limit: must be 1 or more" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (2, False), (75, True), (137, False)])
 def test_slurm_script_requeues_what_was_preempted(tmp_path, capsys, code, requeued):
     """The script itself, with srun and scontrol played by others."""
