@@ -275,10 +275,10 @@ def _distributed() -> ConfigDict:
 def _compute() -> ConfigDict:
     c = ConfigDict()
     c.dtype = "bfloat16"  # of activations and matmuls; parameters, norms, softmax, loss: float32
-    # What the backward pass keeps of a block: 'none' (only its input), 'attention' (also what the
-    # splash kernel put out), 'dots' (matmul outputs without batch dimensions too), 'all'.
+    # What the backward pass keeps of a block: 'none' (only its input), 'attention' (also what
+    # the TPU's kernel put out), 'dots' (matmul outputs without batch dimensions too), 'all'.
     c.remat = "none"
-    # What computes attention: 'xla', the TPU's 'splash' kernel, the GPU's 'cudnn', or by the mesh's
+    # What computes attention: 'xla', our TPU kernel 'pallas', the GPU's 'cudnn', or by the mesh's
     # platform and the length, 'auto' (docs/attention.md).
     c.attention = "auto"
     # Instance crops that a device encodes at a time, at most, to bound memory: the work and the

@@ -14,7 +14,10 @@ from instap_jax.errors import UserError
 from instap_jax.models import attention_backends as backends
 from instap_jax.models import layers, placement
 
-HEADS, CHANNELS = 2, 64
+HEADS, WIDTH = 4, 256
+
+by_kernel = functools.partial(backends.attend, "pallas", heads=HEADS, interpret=True)
+by_einsums = functools.partial(layers.dot_product_attention, heads=HEADS, backend="xla")
 
 
 def normal(*shape, seed=0):
@@ -34,67 +37,89 @@ def compare(ours, theirs, *arrays):
 
 
 def qkv(batch, queries, keys):
-    shapes = (batch, queries, HEADS, CHANNELS), *((batch, keys, HEADS, CHANNELS),) * 2
+    shapes = (batch, queries, WIDTH), *((batch, keys, WIDTH),) * 2
     return [normal(*shape, seed=seed) for seed, shape in enumerate(shapes)]
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(130, 300), (7, 128)])
-def test_splash_matches_the_einsums(queries, keys):
+def test_pallas_matches_the_einsums(queries, keys):
     """Odd lengths, masked keys, and a row without any key."""
     mask = np.random.default_rng(0).random((2, keys)) < 0.6
     mask[1] = False
     compare(
-        functools.partial(backends.attend, "splash", mask=mask, interpret=True),
-        functools.partial(layers.dot_product_attention, mask=mask, backend="xla"),
+        functools.partial(by_kernel, mask=mask),
+        functools.partial(by_einsums, mask=mask),
         *qkv(2, queries, keys),
     )
 
 
-def test_splash_ignores_the_padding_of_odd_lengths_without_a_mask():
+def test_pallas_ignores_the_padding_of_odd_lengths_without_a_mask():
     compare(
-        functools.partial(backends.attend, "splash", mask=None, interpret=True),
-        functools.partial(layers.dot_product_attention, backend="xla"),
+        functools.partial(by_kernel, mask=None),
+        by_einsums,
         *qkv(1, 130, 130),
     )
 
 
-def test_splash_is_split_over_samples_and_heads():
+def test_pallas_is_split_over_samples_and_heads():
     mesh = mesh_of(jax.devices(), 2, 2, 2)
     arrays, mask = qkv(4, 64, 64), np.arange(64) < np.array([[64], [3], [0], [9]])
-    expected = layers.dot_product_attention(*arrays, mask=mask)
+    expected = by_einsums(*arrays, mask=mask)
     with jax.set_mesh(mesh):
         found = jax.jit(
-            functools.partial(backends.attend, "splash", mask=mask, interpret=True),
+            functools.partial(by_kernel, mask=mask),
         )(*arrays)
     assert found.sharding.spec == jax.sharding.PartitionSpec(("replica", "fsdp"), None, "tensor")
     np.testing.assert_allclose(found, expected, atol=2e-5, rtol=0)
 
 
-def test_self_attention_pads_its_tokens_for_splash(monkeypatch):
-    """With the row that has no key: the padding must not be in its mean either."""
-    block = layers.Attention(
-        128, 2, bias=layers.Bias.QUERY_VALUE, dtype=jnp.float32, rngs=nnx.Rngs(0)
-    )
-    block.qkv_bias[...] = normal(*block.qkv_bias.shape)
+def test_blocks_on_padded_tokens_give_what_they_give_without(monkeypatch):
+    """With a row that has no key: the padding must not be in its mean either."""
+    options = {"mlp_ratio": 2, "activation": layers.exact_gelu, "eps": 1e-6, "dtype": jnp.float32}
+    block = layers.PreNormBlock(128, 2, bias=layers.Bias.QUERY_VALUE, rngs=nnx.Rngs(0), **options)
+    block.attention.qkv_bias[...] = normal(*block.attention.qkv_bias.shape)
     mask = np.arange(200) < np.array([[150], [0]])
-    monkeypatch.setattr(backends, "choose", lambda *_, **__: "splash")
-    interpreted = functools.partial(backends.attend, interpret=True)
-    monkeypatch.setattr(backends, "attend", interpreted)
 
-    def by_einsums(x):
-        q, k, v = block._project(x)
-        y = layers._weighted_sum(layers.attention_probabilities(q, k, mask=mask), v)
-        return block.out(y.reshape(x.shape))
+    def by_kernel(x):
+        with monkeypatch.context() as patch:
+            patch.setattr(backends, "choose", lambda *_, **__: "pallas")
+            attend = functools.partial(backends.attend, interpret=True)
+            patch.setattr(backends, "attend", attend)
+            padded = backends.pad_tokens(x, backend="auto", heads=2)
+            assert padded.shape == (2, 208, 128)
+            return block(padded, mask=mask, length=200)[:, :200]
 
-    compare(lambda x: block(x, mask=mask), by_einsums, normal(2, 200, 128))
+    compare(by_kernel, lambda x: block.with_probabilities(x, mask=mask)[0], normal(2, 200, 128))
 
 
-@pytest.mark.parametrize("tokens", [1, 128, 196, 197, 314, 624, 1568, 3136, 6272])
-def test_blocks_cover_every_length(tokens):
-    block, padding = backends.block_and_padding(tokens)
-    assert block % 128 == 0
+def test_padding_is_no_key_for_the_einsums_either():
+    mask = np.arange(20) < np.array([[20], [0]])
+    padded = [np.pad(x, ((0, 0), (0, 4), (0, 0)), constant_values=7) for x in qkv(2, 20, 20)]
+    found = by_einsums(*padded, mask=mask, length=20)[:, :20]
+    np.testing.assert_array_equal(found, by_einsums(*qkv(2, 20, 20), mask=mask))
+
+
+@pytest.mark.parametrize("keys", [16, 624, 6272])
+@pytest.mark.parametrize("tokens", [1, 128, 196, 197, 314, 624, 1568, 3136, 3137, 6272])
+def test_blocks_cover_every_length(tokens, keys):
+    block = backends._block(tokens, keys)
+    padding = backends.padded_length(tokens, keys) - tokens
+    assert block % 16 == 0
     assert (tokens + padding) % block == 0
-    assert 0 <= padding < max(128, tokens / 4 + 128)
+    assert 0 <= padding < max(16, tokens / 6)
+    assert block * keys <= backends._LOGITS
+
+
+def test_a_long_sequence_goes_block_by_block(monkeypatch):
+    """Gradients of keys and values are summed over blocks of queries."""
+    monkeypatch.setattr(backends, "_LOGITS", 48 * 160)
+    assert backends._block(150, 160) == 32
+    mask = np.arange(150) < np.array([[150], [3]])
+    compare(
+        functools.partial(by_kernel, mask=mask),
+        functools.partial(by_einsums, mask=mask),
+        *qkv(2, 150, 150),
+    )
 
 
 def mesh_of(devices, *shape):
@@ -102,7 +127,16 @@ def mesh_of(devices, *shape):
     return Mesh(grid, ("replica", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
-def choose(backend, *, platform=None, dtype=jnp.bfloat16, samples=4, tokens=3136, shape=(1, 2, 2)):
+def choose(
+    backend,
+    *,
+    platform=None,
+    dtype=jnp.bfloat16,
+    samples=4,
+    tokens=3136,
+    shape=(1, 2, 2),
+    width=1024,
+):
     """`choose` on a mesh whose devices say that they are of a platform; None: no mesh."""
     sizes = dict(zip(("replica", "fsdp", "tensor"), shape)) if platform else {}
     mesh = types.SimpleNamespace(
@@ -114,24 +148,27 @@ def choose(backend, *, platform=None, dtype=jnp.bfloat16, samples=4, tokens=3136
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
         return backends.choose(
-            backend, dtype, samples=samples, queries=tokens, keys=tokens, heads=16
+            backend, dtype, samples=samples, queries=tokens, keys=tokens, heads=16, width=width
         )
 
 
 @pytest.mark.parametrize(
     ("expected", "case"),
     [
-        ("splash", {"platform": "tpu"}),
+        ("pallas", {"platform": "tpu"}),
         ("cudnn", {"platform": "gpu"}),
         ("cudnn", {"platform": "cuda"}),
         ("xla", {"platform": "cpu"}),
         ("xla", {}),
         ("xla", {"platform": "tpu", "tokens": 32}),
-        ("splash", {"platform": "tpu", "tokens": 196}),
+        ("pallas", {"platform": "tpu", "tokens": 196}),
         ("xla", {"platform": "gpu", "dtype": jnp.float32}),
-        ("splash", {"platform": "tpu", "dtype": jnp.float32}),
+        ("pallas", {"platform": "tpu", "dtype": jnp.float32}),
         ("xla", {"platform": "tpu", "samples": 3}),  # does not divide over 2 devices
         ("xla", {"platform": "tpu", "shape": (1, 2, 3)}),  # nor do 16 heads over 3
+        ("xla", {"platform": "tpu", "width": 16 * 80}),  # heads of 80 do not fill 128 lanes
+        ("xla", {"platform": "tpu", "shape": (1, 2, 16)}),  # nor does one of 64
+        ("cudnn", {"platform": "gpu", "width": 16 * 80}),
     ],
 )
 def test_auto_goes_by_the_platform_of_the_mesh_and_the_length(expected, case):
@@ -139,10 +176,10 @@ def test_auto_goes_by_the_platform_of_the_mesh_and_the_length(expected, case):
 
 
 def test_a_named_kernel_that_cannot_run_is_an_error():
-    assert choose("splash", platform="tpu", tokens=8) == "splash"
+    assert choose("pallas", platform="tpu", tokens=8) == "pallas"
     assert choose("xla", platform="tpu") == "xla"
-    with pytest.raises(UserError, match=r"'splash' runs on a TPU.*'cpu'; use 'auto'"):
-        choose("splash", platform="cpu")
+    with pytest.raises(UserError, match=r"'pallas' runs on a TPU.*'cpu'; use 'auto'"):
+        choose("pallas", platform="cpu")
     with pytest.raises(UserError, match="'cudnn' runs on a GPU"):
         choose("cudnn", platform="tpu")
     with pytest.raises(UserError, match=r"'cudnn' needs config.compute.dtype='bfloat16'"):
@@ -150,12 +187,12 @@ def test_a_named_kernel_that_cannot_run_is_an_error():
 
 
 def test_what_needs_probabilities_is_computed_by_xla(monkeypatch):
-    monkeypatch.setattr(backends, "choose", lambda *_, **__: "splash")
-    q, k, v = qkv(1, 8, 8)
+    monkeypatch.setattr(backends, "choose", lambda *_, **__: "pallas")
+    attend = functools.partial(layers.dot_product_attention, *qkv(1, 8, 8), heads=HEADS)
     ones, key = jnp.ones((1, HEADS, 8, 8)), jax.random.key(0)
-    scaled = layers.dot_product_attention(q, k, v, scale=ones)
-    np.testing.assert_allclose(scaled, layers.dot_product_attention(q, k, v, scale=2 * ones) / 2)
-    dropped = layers.dot_product_attention(q, k, v, dropout_rate=0.5, key=key)
+    scaled = attend(scale=ones)
+    np.testing.assert_allclose(scaled, attend(scale=2 * ones) / 2)
+    dropped = attend(dropout_rate=0.5, key=key)
     assert not np.allclose(dropped, scaled)
 
 

@@ -162,6 +162,17 @@ def test_kernels_are_found_counted_and_bounded():
     assert kernels.measure(jax.make_jaxpr(jnp.dot)(array, array).jaxpr, where) == []
 
 
+def test_a_kernel_that_only_copies_takes_as_long_as_the_memory():
+    def kernel(x, out):
+        out[...] = x[...]
+
+    rows = pallas.BlockSpec((256, 1024), lambda i: (i, 0))
+    array = jax.ShapeDtypeStruct((4096, 1024), jnp.float32)
+    copy = pallas.pallas_call(kernel, out_shape=array, grid=(16,), in_specs=[rows], out_specs=rows)
+    (call,) = kernels.measure(jax.make_jaxpr(copy)(array).jaxpr, topology.parse("v5e:1x1"))
+    assert call.cycles == int(2 * 4096 * 1024 * 4 / 819e9 * 1.5e9)
+
+
 @pytest.fixture(scope="module")
 def step() -> lowering.LoweredStep:
     return lowering.lower(tiny_config("stage1"), topology.parse("v5e:2x2"), Kind.VIDEO)

@@ -18,7 +18,7 @@ from instap_jax.aot import hlo, kernels, topology
 from instap_jax.aot.lowering import LoweredStep
 from instap_jax.train.flops import peak_flops
 
-VERSION = 3  # of the figures: raise it when their meaning changes
+VERSION = 4  # of the figures: raise it when their meaning changes
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _LARGEST, _HOTTEST = 8, 20  # buffers and operations kept
 
@@ -37,7 +37,7 @@ class StepFigures:
       collectives: traffic by kind, axes and network, bytes a chip receives in a step.
       cycles: the compiler's estimate of all but collectives and kernels; 0 where it gave none.
       hottest: (cycles, operation) of what costs most of them.
-      kernels: Pallas calls (`kernels.KernelCall`): cycles of one at most, and how often it runs.
+      kernels: Pallas calls (`kernels.KernelCall`): cycles of one, and how often it runs.
       seconds: of compilation. rss: largest resident memory of this process so far, bytes.
     """
 
@@ -74,7 +74,7 @@ class StepFigures:
 
     @property
     def compute_time(self) -> float:
-        """Seconds: the compiler's cycles, and those of the kernels at most."""
+        """Seconds: the compiler's cycles, and those of the kernels."""
         return (self.cycles + self.kernel_cycles) / self.clock
 
     @property

@@ -1,13 +1,15 @@
-"""An upper bound of the time of Pallas kernels, which the compiler's own estimate leaves out.
+"""The time of Pallas kernels, which the compiler's own estimate leaves out.
 
-A kernel runs the same instruction bundles, one a cycle, for every place of its grid. Their number
-is in a dump that libtpu writes only when told so before it starts, and then for the whole program,
+A kernel runs the same instruction bundles, one a cycle, for every place of its grid: or waits for
+the memory, if reading its arguments and writing its results once takes longer. The number of
+bundles is in a dump that libtpu writes only when told so before it starts, and then for the whole program,
 gigabytes for ours. So every kernel of a program is compiled by itself in a process of its own:
 
     LIBTPU_INIT_ARGS=... python -m instap_jax.aot.kernels TOPOLOGY DIR
 
-reads DIR/*.export (`jax.export`) and writes the dump below DIR. The bound counts the prologue of
-the kernel for every place too, and no splitting over the two cores of a v4 or v5p.
+reads DIR/*.export (`jax.export`) and writes the dump below DIR. The bundles count what is only done
+at some places for every place, and no splitting over the two cores of a v4 or v5p; that the memory
+waits at the first block, or is asked for the same block again, is not counted.
 """
 
 import dataclasses
@@ -35,7 +37,7 @@ class KernelCall:
 
     Attributes:
       times: how often in one step.
-      cycles: of one call at most.
+      cycles: of one call.
     """
 
     name: str
@@ -55,10 +57,18 @@ def measure(jaxpr: core.Jaxpr, where: topology.Topology) -> list[KernelCall]:
     if not calls:
         return []
     bundles = _bundles([equation for equation, _ in calls.values()], where)
-    return [
-        KernelCall(name=name, shapes=shapes, grid=grid, times=times, cycles=count * math.prod(grid))
-        for ((name, shapes, grid), (_, times)), count in zip(calls.items(), bundles)
-    ]
+    found = []
+    for ((name, shapes, grid), (equation, times)), count in zip(calls.items(), bundles):
+        moving = _bytes(equation) / where.chip.hbm_speed * where.chip.clock
+        cycles = max(count * math.prod(grid), int(moving))
+        found.append(KernelCall(name=name, shapes=shapes, grid=grid, times=times, cycles=cycles))
+    return found
+
+
+def _bytes(equation: core.JaxprEqn) -> int:
+    """Of the arguments and results."""
+    avals = [variable.aval for variable in (*equation.invars, *equation.outvars)]
+    return sum(aval.size * aval.dtype.itemsize for aval in avals)
 
 
 def _find(jaxpr: core.Jaxpr, times: int) -> Iterator[tuple[core.JaxprEqn, int]]:

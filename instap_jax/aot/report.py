@@ -14,7 +14,7 @@ _GIB = 1 << 30
 _SHOWN = 6  # of the largest buffers and of the operations that cost most
 LEFT_OUT = (
     "times are the TPU compiler's estimate (its cycles / the clock), not a measurement: without "
-    "collectives, transfers and waiting; of Pallas kernels an upper bound"
+    "collectives, transfers and waiting; of Pallas kernels from their instructions or their traffic"
 )
 
 
@@ -96,7 +96,7 @@ def _program_rows(one: StepFigures) -> list[tuple[str, str]]:
     for kernel in one.kernels:
         each = milliseconds * kernel["cycles"]
         name = f"{kernel['name']}, grid {'x'.join(map(str, kernel['grid']))}"
-        rows.append(("kernel", f"{kernel['times']} x {each:,.2f} ms at most: {name}"))
+        rows.append(("kernel", f"{kernel['times']} x {each:,.2f} ms: {name}"))
     compute, ici = 1e3 * one.compute_time, 1e3 * one.ici_time
     kernel = milliseconds * one.kernel_cycles
     of_kernels = f", kernels {kernel:,.1f} of it" if one.kernels else ""
@@ -129,7 +129,7 @@ def advice(config: ConfigDict, one: StepFigures) -> str:
             "(constrain it with sharding.constrain_batch)"
         )
     if _has_scores(one) and config.compute.get("attention", "xla") == "xla":
-        changes.append("compute.attention=splash (scores of all token pairs are the largest)")
+        changes.append("compute.attention=pallas (scores of all token pairs are the largest)")
     if config.compute.remat != "none":
         changes.append("compute.remat=none")
     state = sum(one.hbm[name] for name in ("parameters", "optimizer", "teacher"))

@@ -27,6 +27,7 @@ class Chip:
     Attributes:
       hbm: bytes that a program may use, by the compiler's own out-of-memory message.
       clock: cycles a second of the TensorCore: peak FLOP/s over the FLOPs a cycle of its MXUs.
+      hbm_speed: bytes a second (Cloud's documentation).
       ici: bytes a second that all its inter-chip links can send together (Cloud's documentation).
       most: chips of the largest slice.
       cores: TensorCores that Cloud's names count for one chip.
@@ -36,6 +37,7 @@ class Chip:
 
     hbm: int
     clock: float
+    hbm_speed: float
     ici: float
     most: int
     cores: int = 1
@@ -48,15 +50,24 @@ CHIPS = {
     "v4": Chip(
         hbm=int(30.75 * _GIB),
         clock=1.05e9,
+        hbm_speed=1228e9,
         ici=300e9,
         most=4096,
         cores=2,
         axes=3,
         options=(("chip_config_name", "megacore"),),
     ),
-    "v5e": Chip(hbm=int(15.75 * _GIB), clock=1.5e9, ici=200e9, most=256),
-    "v5p": Chip(hbm=int(95.73 * _GIB), clock=1.75e9, ici=600e9, most=8960, cores=2, axes=3),
-    "v6e": Chip(hbm=int(31.24 * _GIB), clock=1.75e9, ici=448e9, most=256),
+    "v5e": Chip(hbm=int(15.75 * _GIB), clock=1.5e9, hbm_speed=819e9, ici=200e9, most=256),
+    "v5p": Chip(
+        hbm=int(95.73 * _GIB),
+        clock=1.75e9,
+        hbm_speed=2765e9,
+        ici=600e9,
+        most=8960,
+        cores=2,
+        axes=3,
+    ),
+    "v6e": Chip(hbm=int(31.24 * _GIB), clock=1.75e9, hbm_speed=1640e9, ici=448e9, most=256),
 }
 
 # Shapes of Cloud's slices, by their number of chips.

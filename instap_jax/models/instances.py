@@ -82,7 +82,7 @@ def encode_crops(
     if parts == 1:
         return encoder(crops, visible=visible, mask=mask, key=key).tokens
 
-    # The backward pass computes a part again, keeping of its layers their inputs and what splash
+    # The backward pass computes a part again, keeping of its layers their inputs and what attention
     # put out: a third run of the other products, for the layers' inputs of one part instead of all.
     again = encoder.remat != "all"
     remat = "attention" if again else "all"
@@ -233,8 +233,8 @@ class SceneBlock(nnx.Module):
         rngs: nnx.Rngs,
         backend: str = "auto",
     ):
-        self.norm = LayerNorm(width, eps=NORM_EPSILON, dtype=dtype)
-        self.scene_norm = LayerNorm(width, eps=NORM_EPSILON, dtype=dtype)
+        self.norm = LayerNorm(width, eps=NORM_EPSILON, dtype=dtype, backend=backend)
+        self.scene_norm = LayerNorm(width, eps=NORM_EPSILON, dtype=dtype, backend=backend)
         self.attention = CrossAttention(
             width, width, heads, dtype=dtype, rngs=rngs, out_scale=scale, backend=backend
         )

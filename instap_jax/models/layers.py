@@ -9,7 +9,7 @@ Conventions held by all models:
 
 Axis letters of the einsums:
   b samples   n query tokens   m key tokens   d width   h heads   c channels of a head
-  x which of query, key, value
+  e = h * c, heads side by side   x which of query, key, value
 """
 
 import enum
@@ -22,6 +22,8 @@ from flax import nnx
 from jax import lax
 
 from instap_jax.models import attention_backends
+from instap_jax.models.kernels import attention as attention_kernel
+from instap_jax.models.kernels import layer_norm
 from instap_jax.models.placement import gathered, split_over_data
 
 Array = jax.Array
@@ -71,20 +73,32 @@ class LayerNorm(nnx.Module):
     """Layer normalisation over the last axis, computed in float32, returned in the compute dtype.
 
     eps differs by origin and must match converted weights: UMT 1e-6, CLIP 1e-5, BERT 1e-12.
+    `backend`: as for attention; on a TPU 'auto' and 'pallas' take our kernel.
     """
 
-    def __init__(self, width: int, *, eps: float, dtype: Any, axis: str | None = "embed"):
+    def __init__(
+        self,
+        width: int,
+        *,
+        eps: float,
+        dtype: Any,
+        axis: str | None = "embed",
+        backend: str = "auto",
+    ):
         self.scale = nnx.Param(jnp.ones(width, jnp.float32), logical_axes=(axis,))
         self.bias = nnx.Param(jnp.zeros(width, jnp.float32), logical_axes=(axis,))
         self.eps = eps
         self.dtype = dtype
+        self.backend = backend
 
     def __call__(self, x: Array) -> Array:
+        scale, bias = gathered(self.scale, jnp.float32), gathered(self.bias, jnp.float32)
+        if layer_norm.fits(self.backend, x.shape):
+            return layer_norm.by_device(x, scale, bias, self.eps).astype(self.dtype)
         x = x.astype(jnp.float32)
         centred = x - x.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
         y = centred * lax.rsqrt(variance + self.eps)
-        scale, bias = gathered(self.scale, jnp.float32), gathered(self.bias, jnp.float32)
         return (y * scale + bias).astype(self.dtype)
 
 
@@ -138,7 +152,9 @@ def dot_product_attention(
     k: Array,
     v: Array,
     *,
+    heads: int,
     mask: Array | None = None,
+    length: int | None = None,
     dropout_rate: float = 0.0,
     key: Array | None = None,
     scale: Array | None = None,
@@ -147,33 +163,37 @@ def dot_product_attention(
     """The one place where attention is computed without keeping its probabilities.
 
     Args:
-      q: [b, n, h, c]. k, v: [b, m, h, c]. All in the compute dtype.
-      mask: bool [b, m] of attendable keys, or None for all.
+      q: [b, n, e]. k, v: [b, m, e]. All in the compute dtype.
+      heads: h.
+      mask: bool [b, m] of attendable keys, or None for all; [b, length] with a `length`.
+      length: keys from here on are padding; None: none is.
       dropout_rate: of the probabilities; only used with a `key`.
       scale: float32 [b, h, n, m], what the probabilities are multiplied by. The gradient at a
         scale of ones is probability times gradient: what attention maps show.
       backend: see `attention_backends`. Dropout and scale are computed by XLA whatever it names.
 
     Returns:
-      [b, n, h, c] in the dtype of v.
+      [b, n, e] in the dtype of v.
     """
     drops = key is not None and bool(dropout_rate)
-    backend = _choose(backend, q.dtype, q.shape, k.shape, exact=drops or scale is not None)
+    backend = _choose(backend, q, k.shape[1], heads, exact=drops or scale is not None)
     if backend != "xla":
-        return attention_backends.attend(backend, q, k, v, mask=mask)
+        return attention_backends.attend(backend, q, k, v, heads=heads, mask=mask, length=length)
+    k, v = k[:, :length], v[:, :length]
+    q, k, v = (split_heads(x, heads) for x in (q, k, v))
     probabilities = attention_probabilities(q, k, mask=mask)
     if dropout_rate:
         probabilities = dropout(probabilities, rate=dropout_rate, key=key)
     if scale is not None:
         probabilities = probabilities * scale
-    return _weighted_sum(probabilities, v)
+    return _merge_heads(_weighted_sum(probabilities, v))
 
 
-def _choose(backend: str, dtype: Any, q: tuple, k: tuple, *, exact: bool) -> str:
-    """The backend of q [b, n, h, c] and k [b, m, h, c]; `exact`: they need their probabilities."""
-    samples, queries, heads, _ = q
+def _choose(backend: str, q: Array, keys: int, heads: int, *, exact: bool) -> str:
+    """The backend of queries [b, n, e]; `exact`: their probabilities are needed."""
+    samples, queries, width = q.shape
     found = attention_backends.choose(
-        backend, dtype, samples=samples, queries=queries, keys=k[1], heads=heads
+        backend, q.dtype, samples=samples, queries=queries, keys=keys, heads=heads, width=width
     )
     return "xla" if exact else found
 
@@ -211,6 +231,7 @@ class Attention(nnx.Module):
         count = 3 if bias is Bias.FULL else 2
         self.qkv_bias = _projection_bias(count, heads, channels)
         self.out = Linear(width, width, axes=("heads", "embed"), dtype=dtype, rngs=rngs)
+        self.heads = heads
         self.bias_kind = bias
         self.dtype = dtype
         self.backend = backend
@@ -220,36 +241,38 @@ class Attention(nnx.Module):
         x: Array,
         *,
         mask: Array | None = None,
+        length: int | None = None,
         dropout_rate: float = 0.0,
         key: Array | None = None,
     ) -> Array:
-        """[b, n, d] -> [b, n, d]; mask, dropout_rate and key as in `dot_product_attention`."""
-        length, shape = x.shape[1], (*x.shape[:2], *self.qkv.shape[2:])
-        drops = key is not None and bool(dropout_rate)
-        backend = _choose(self.backend, self.dtype, shape, shape, exact=drops)
-        if backend == "splash":
-            x = attention_backends.pad_tokens(x)
+        """[b, n, d] -> [b, n, d]; the others as in `dot_product_attention`."""
         q, k, v = self._project(x)
-        if backend == "xla":
-            y = dot_product_attention(
-                q, k, v, mask=mask, dropout_rate=dropout_rate, key=key, backend="xla"
-            )
-        else:
-            y = attention_backends.attend(backend, q, k, v, mask=mask, length=length)
-        return self.out(_merge_heads(y))[:, :length]
+        y = dot_product_attention(
+            q,
+            k,
+            v,
+            heads=self.heads,
+            mask=mask,
+            length=length,
+            dropout_rate=dropout_rate,
+            key=key,
+            backend=self.backend,
+        )
+        return self.out(y)
 
     def with_probabilities(self, x: Array, *, mask: Array | None = None) -> tuple[Array, Array]:
         """As `__call__`, and also the attention probabilities, float32 [b, h, n, m]."""
-        q, k, v = self._project(x)
+        q, k, v = (split_heads(x, self.heads) for x in self._project(x))
         probabilities = attention_probabilities(q, k, mask=mask)
         return self.out(_merge_heads(_weighted_sum(probabilities, v))), probabilities
 
     def _project(self, x: Array) -> tuple[Array, Array, Array]:
+        """[b, n, d] -> three of [b, n, e]."""
         kernel = gathered(self.qkv, self.dtype)
         # Three products: of one for all, XLA would cut q, k and v out by copying them.
         x = x.astype(self.dtype)
-        q, k, v = (jnp.einsum("bnd,dhc->bnhc", x, kernel[:, i]) for i in range(3))
-        bias = gathered(self.qkv_bias, self.dtype)
+        q, k, v = (x @ _merge_heads(kernel[:, i]) for i in range(3))
+        bias = _merge_heads(gathered(self.qkv_bias, self.dtype))
         if self.bias_kind is Bias.FULL:
             k = k + bias[1]
         return q + bias[0], k, v + bias[-1]
@@ -285,6 +308,7 @@ class CrossAttention(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
+        self.heads = heads
         self.dtype = dtype
         self.backend = backend
 
@@ -298,12 +322,12 @@ class CrossAttention(nnx.Module):
         key: Array | None = None,
         scale: Array | None = None,
     ) -> Array:
-        """x [b, n, d], context [b, m, e], mask bool [b, m] over the context -> [b, n, d]."""
+        """x [b, n, d], context [b, m, its width], mask bool [b, m] over it -> [b, n, d]."""
         k, v = self.keys_values(context)
         return self.attend(x, k, v, mask=mask, dropout_rate=dropout_rate, key=key, scale=scale)
 
     def keys_values(self, context: Array) -> tuple[Array, Array]:
-        """[b, m, e] -> two of [b, m, h, c]: for contexts that several x share."""
+        """A context [b, m, width of it] -> two of [b, m, e]: for contexts that several x share."""
         k, v = self._project(context, self.key_value, self.key_value_bias)
         return k, v
 
@@ -324,18 +348,20 @@ class CrossAttention(nnx.Module):
             q,
             k,
             v,
+            heads=self.heads,
             mask=mask,
             dropout_rate=dropout_rate,
             key=key,
             scale=scale,
             backend=self.backend,
         )
-        return self.out(_merge_heads(y))
+        return self.out(y)
 
-    def _project(self, x: Array, kernel: nnx.Param, bias: nnx.Param) -> Array:
-        kernel = gathered(kernel, self.dtype)
-        y = jnp.einsum("bnd,dxhc->xbnhc", x.astype(self.dtype), kernel)
-        return y + gathered(bias, self.dtype)[:, None, None]
+    def _project(self, x: Array, kernel: nnx.Param, bias: nnx.Param) -> list[Array]:
+        x = x.astype(self.dtype)
+        kernel = _merge_heads(gathered(kernel, self.dtype))
+        bias = _merge_heads(gathered(bias, self.dtype))
+        return [x @ kernel[:, i] + bias[i] for i in range(kernel.shape[1])]
 
 
 def _head_channels(width: int, heads: int) -> int:
@@ -356,6 +382,11 @@ def _projection(key: Array, width: int, count: int, heads: int, channels: int) -
 def _projection_bias(count: int, heads: int, channels: int) -> nnx.Param:
     zeros = jnp.zeros((count, heads, channels), jnp.float32)
     return nnx.Param(zeros, logical_axes=(None, "heads", None))
+
+
+def split_heads(x: Array, heads: int) -> Array:
+    """[..., e] -> [..., h, c]."""
+    return x.reshape(*x.shape[:-1], heads, -1)
 
 
 def _merge_heads(x: Array) -> Array:
@@ -419,9 +450,9 @@ class PreNormBlock(nnx.Module):
         rngs: nnx.Rngs,
         backend: str = "auto",
     ):
-        self.norm1 = LayerNorm(width, eps=eps, dtype=dtype)
+        self.norm1 = LayerNorm(width, eps=eps, dtype=dtype, backend=backend)
         self.attention = Attention(width, heads, bias=bias, dtype=dtype, rngs=rngs, backend=backend)
-        self.norm2 = LayerNorm(width, eps=eps, dtype=dtype)
+        self.norm2 = LayerNorm(width, eps=eps, dtype=dtype, backend=backend)
         hidden = int(width * mlp_ratio)
         self.mlp = Mlp(width, hidden, activation=activation, dtype=dtype, rngs=rngs)
 
@@ -430,12 +461,13 @@ class PreNormBlock(nnx.Module):
         x: Array,
         *,
         mask: Array | None = None,
+        length: int | None = None,
         drop_path_rate: float | Array = 0.0,
         key: Array | None = None,
     ) -> Array:
-        """[b, n, d] -> [b, n, d]; mask bool [b, n] of attendable tokens."""
+        """[b, n, d] -> [b, n, d]; mask and length of the tokens as in `dot_product_attention`."""
         key1, key2 = (None, None) if key is None else jax.random.split(key)
-        y = self.attention(self.norm1(x), mask=mask)
+        y = self.attention(self.norm1(x), mask=mask, length=length)
         x = x + drop_path(y, rate=drop_path_rate, key=key1)
         y = self.mlp(self.norm2(x))
         return x + drop_path(y, rate=drop_path_rate, key=key2)
@@ -465,10 +497,10 @@ def layer(blocks: nnx.Module, index: int) -> nnx.Module:
 
 _REMAT = {
     "none": jax.checkpoint_policies.nothing_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names(attention_backends.SAVED),
+    "attention": jax.checkpoint_policies.save_only_these_names(attention_kernel.SAVED),
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(attention_backends.SAVED),
+        jax.checkpoint_policies.save_only_these_names(attention_kernel.SAVED),
     ),
 }
 
@@ -495,7 +527,7 @@ def scan_blocks(
       blocks: what `stack` made.
       x: the carry, an array or a pytree of arrays.
       remat: what the backward pass keeps of a block: 'none' (only its input), 'attention' (also
-        what splash put out), 'dots' (matmul outputs without batch dimensions too), 'all'.
+        what its kernel put out), 'dots' (matmul outputs without batch dimensions too), 'all'.
       key: folded with the layer's index; None runs deterministically.
       drop_path_rates: float [depth] over the whole stack.
       taps: the outputs of the last `taps` of these layers are also returned. Two loops, so that

@@ -27,6 +27,14 @@ def data_ways() -> int:
     return math.prod(mesh.shape[axis] for axis in split)
 
 
+def platform() -> str:
+    """'tpu', 'gpu' or 'cpu': that of the current mesh's devices; 'cpu' without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    name = device.platform if device else "cpu"
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
 def gathered(param: nnx.Param, dtype: Any) -> Array:
     """A parameter in the compute dtype, whole over the data axes, still split over `tensor`.
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
+from instap_jax.models.attention_backends import pad_tokens
 from instap_jax.models.layers import (
     Bias,
     LayerNorm,
@@ -73,6 +74,7 @@ class ClipVision(nnx.Module):
     ):
         width, patches = config.width, (config.image_size // config.patch) ** 2
         init = jax.nn.initializers.normal(width**-0.5)
+        self.heads = config.heads
         self.patch = config.patch
         self.depth = config.depth
         self.patch_embedding = Linear(
@@ -87,9 +89,9 @@ class ClipVision(nnx.Module):
         self.positions = nnx.Param(
             init(rngs.params(), (patches + 1, width)), logical_axes=(None, "embed")
         )
-        self.ln_pre = LayerNorm(width, eps=NORM_EPSILON, dtype=dtype)
+        self.ln_pre = LayerNorm(width, eps=NORM_EPSILON, dtype=dtype, backend=backend)
         self.blocks = stack(lambda rngs: _block(config, dtype, backend, rngs), config.depth, rngs)
-        self.ln_post = LayerNorm(width, eps=NORM_EPSILON, dtype=dtype)
+        self.ln_post = LayerNorm(width, eps=NORM_EPSILON, dtype=dtype, backend=backend)
         self.projection = Linear(
             width,
             config.projection,
@@ -101,6 +103,7 @@ class ClipVision(nnx.Module):
         )
         self.dtype = dtype
         self.remat = remat
+        self.backend = backend
 
     def __call__(
         self, images: Array, *, taps: int = 0, attention: bool = False
@@ -114,19 +117,24 @@ class ClipVision(nnx.Module):
             runs by itself: no other one materialises its probabilities.
         """
         x = self._embed(images)
+        length = x.shape[1]
+        x, tapped = scan_blocks(
+            self.blocks,
+            pad_tokens(x, backend=self.backend, heads=self.heads),
+            remat=self.remat,
+            stop=self.depth - attention,
+            taps=max(taps - attention, 0),
+            call=lambda block, x, key, rate: block(x, length=length),
+        )
+        x, tapped = x[:, :length], None if tapped is None else tapped[:, :, :length]
+        cls_attention = received = None
         if attention:
-            x, tapped = scan_blocks(
-                self.blocks, x, remat=self.remat, stop=self.depth - 1, taps=max(taps - 1, 0)
-            )
             x, probabilities = layer(self.blocks, self.depth - 1).with_probabilities(x)
             if taps:
                 tapped = x[None] if tapped is None else jnp.concatenate([tapped, x[None]])
             probabilities = probabilities.mean(axis=1)
             cls_attention = probabilities[:, 0, 1:]
             received = probabilities[:, 1:, 1:].mean(axis=1)
-        else:
-            x, tapped = scan_blocks(self.blocks, x, remat=self.remat, taps=taps)
-            cls_attention = received = None
         return ClipVisionOutput(
             embedding=self.projection(self.ln_post(x[:, 0])),
             taps=self.projection(self.ln_post(tapped[:, :, 1:])) if taps else None,

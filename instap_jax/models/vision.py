@@ -18,6 +18,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from instap_jax.models import resize
+from instap_jax.models.attention_backends import pad_tokens
 from instap_jax.models.layers import (
     Bias,
     LayerNorm,
@@ -66,6 +67,7 @@ class VisionEncoder(nnx.Module):
         backend: str = "auto",
     ):
         self.width = config.width
+        self.heads = config.heads
         self.patch = config.patch
         self.positions = PositionGrid.of(config)
         self.patch_embedding = Linear(
@@ -77,10 +79,11 @@ class VisionEncoder(nnx.Module):
             rngs=rngs,
         )
         self.blocks = stack(lambda rngs: _block(config, dtype, backend, rngs), config.depth, rngs)
-        self.norm = LayerNorm(config.width, eps=NORM_EPSILON, dtype=dtype)
+        self.norm = LayerNorm(config.width, eps=NORM_EPSILON, dtype=dtype, backend=backend)
         self.drop_path_rates = tuple(np.linspace(0, config.drop_path, config.depth).tolist())
         self.dtype = dtype
         self.remat = remat
+        self.backend = backend
 
     def __call__(
         self,
@@ -111,18 +114,22 @@ class VisionEncoder(nnx.Module):
             patches = jnp.take_along_axis(patches, visible[..., None], axis=1)
         x = self.patch_embedding(patches)
         codes = self.position_codes(frames, tokens // frames, visible)
+        x = x + codes.astype(self.dtype)
+        length = x.shape[1]
         x, tapped = scan_blocks(
             self.blocks,
-            x + codes.astype(self.dtype),
+            pad_tokens(x, backend=self.backend, heads=self.heads),
             remat=remat or self.remat,
             key=key if any(self.drop_path_rates) else None,
             drop_path_rates=jnp.asarray(self.drop_path_rates, jnp.float32),
             taps=taps,
-            call=lambda block, x, key, rate: block(x, mask=mask, key=key, drop_path_rate=rate),
+            call=lambda block, x, key, rate: block(
+                x, mask=mask, length=length, key=key, drop_path_rate=rate
+            ),
         )
         if not taps:
-            return VisionOutput(tokens=self.norm(x), taps=None)
-        tapped = self.norm(tapped)
+            return VisionOutput(tokens=self.norm(x)[:, :length], taps=None)
+        tapped = self.norm(tapped)[:, :, :length]
         return VisionOutput(tokens=tapped[-1], taps=tapped)
 
     def position_codes(self, frames: int, patches: int, visible: Array | None = None) -> Array:

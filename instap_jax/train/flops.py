@@ -43,7 +43,9 @@ def count_flops(function: Callable, *args) -> int:
       2 * multiply-adds of every dot_general and convolution, loop bodies times their trip count.
       A `while` of unknown length counts once; the branches of a `cond` count as the largest.
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+    # Not within another trace: a step compiled with options of its own must be the outermost.
+    jitted = function if isinstance(function, jax.stages.Wrapped) else jax.jit(function)
+    return _count(jitted.trace(*args).jaxpr.jaxpr)
 
 
 def _count(jaxpr: core.Jaxpr) -> int:

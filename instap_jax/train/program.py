@@ -20,6 +20,12 @@ from instap_jax.train.state import (
 )
 from instap_jax.train.step import make_train_step
 
+_TPU_OPTIONS = {
+    # Gradients of split weights as one product and one reduction. Smaller than this, XLA makes
+    # loops of small products between which parts of the result travel.
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1 << 20,
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
@@ -69,6 +75,7 @@ def build_program(config: ConfigDict, mesh: Mesh) -> Program:
                 sharding.batch_sharding(mesh),
             ),
             out_shardings=(shardings(abstract), sharding.replicated(mesh)),
+            compiler_options=_TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None,
         ),
         init=lambda: init_state(create, tx, abstract, config.seed),
     )
