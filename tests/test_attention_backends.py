@@ -93,6 +93,14 @@ def test_blocks_on_padded_tokens_give_what_they_give_without(monkeypatch):
 
 
 def test_padding_is_no_key_for_the_einsums_either():
+    attention = layers.Attention(128, 2, bias=layers.Bias.FULL, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x = normal(2, 20, 128)
+    y, probabilities = attention.with_probabilities(x)
+    padded = np.pad(x, ((0, 0), (0, 4), (0, 0)), constant_values=7)
+    of_padded = attention.with_probabilities(padded, length=20)
+    np.testing.assert_allclose(of_padded[0][:, :20], y, atol=1e-6)
+    np.testing.assert_allclose(of_padded[1][..., :20, :20], probabilities, atol=1e-6)
+    assert not of_padded[1][..., 20:].any()
     mask = np.arange(20) < np.array([[20], [0]])
     padded = [np.pad(x, ((0, 0), (0, 4), (0, 0)), constant_values=7) for x in qkv(2, 20, 20)]
     found = by_einsums(*padded, mask=mask, length=20)[:, :20]

@@ -260,8 +260,13 @@ class Attention(nnx.Module):
         )
         return self.out(y)
 
-    def with_probabilities(self, x: Array, *, mask: Array | None = None) -> tuple[Array, Array]:
+    def with_probabilities(
+        self, x: Array, *, mask: Array | None = None, length: int | None = None
+    ) -> tuple[Array, Array]:
         """As `__call__`, and also the attention probabilities, float32 [b, h, n, m]."""
+        if length is not None:
+            mask = jnp.ones((x.shape[0], length), bool) if mask is None else mask
+            mask = jnp.pad(mask, ((0, 0), (0, x.shape[1] - length)))
         q, k, v = (split_heads(x, self.heads) for x in self._project(x))
         probabilities = attention_probabilities(q, k, mask=mask)
         return self.out(_merge_heads(_weighted_sum(probabilities, v))), probabilities
@@ -472,9 +477,13 @@ class PreNormBlock(nnx.Module):
         y = self.mlp(self.norm2(x))
         return x + drop_path(y, rate=drop_path_rate, key=key2)
 
-    def with_probabilities(self, x: Array, *, mask: Array | None = None) -> tuple[Array, Array]:
+    def with_probabilities(
+        self, x: Array, *, mask: Array | None = None, length: int | None = None
+    ) -> tuple[Array, Array]:
         """Deterministic `__call__`, and also the attention probabilities, float32 [b, h, n, n]."""
-        y, probabilities = self.attention.with_probabilities(self.norm1(x), mask=mask)
+        y, probabilities = self.attention.with_probabilities(
+            self.norm1(x), mask=mask, length=length
+        )
         x = x + y
         return x + self.mlp(self.norm2(x)), probabilities
 

@@ -126,18 +126,18 @@ class ClipVision(nnx.Module):
             taps=max(taps - attention, 0),
             call=lambda block, x, key, rate: block(x, length=length),
         )
-        x, tapped = x[:, :length], None if tapped is None else tapped[:, :, :length]
         cls_attention = received = None
         if attention:
-            x, probabilities = layer(self.blocks, self.depth - 1).with_probabilities(x)
+            last = layer(self.blocks, self.depth - 1)
+            x, probabilities = last.with_probabilities(x, length=length)
             if taps:
                 tapped = x[None] if tapped is None else jnp.concatenate([tapped, x[None]])
             probabilities = probabilities.mean(axis=1)
-            cls_attention = probabilities[:, 0, 1:]
-            received = probabilities[:, 1:, 1:].mean(axis=1)
+            cls_attention = probabilities[:, 0, 1:length]
+            received = probabilities[:, 1:length, 1:length].mean(axis=1)
         return ClipVisionOutput(
             embedding=self.projection(self.ln_post(x[:, 0])),
-            taps=self.projection(self.ln_post(tapped[:, :, 1:])) if taps else None,
+            taps=self.projection(self.ln_post(tapped))[:, :, 1:length] if taps else None,
             cls_attention=cls_attention,
             received=received,
         )
