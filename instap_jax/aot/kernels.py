@@ -3,7 +3,8 @@
 A kernel runs the same instruction bundles, one a cycle, for every place of its grid: or waits for
 the memory, if reading its arguments and writing its results once takes longer. The number of
 bundles is in a dump that libtpu writes only when told so before it starts, and then for the whole
-program, gigabytes for ours. So every kernel of a program is compiled by itself in a process of its own:
+program, gigabytes for ours. So every kernel of a program is compiled by itself in a process of its
+own:
 
     LIBTPU_INIT_ARGS=... python -m instap_jax.aot.kernels TOPOLOGY DIR
 
