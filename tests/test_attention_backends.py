@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
+from instap_jax.aot import kernels
 from instap_jax.errors import UserError
 from instap_jax.models import attention_backends as backends
 from instap_jax.models import layers, placement
@@ -59,6 +60,31 @@ def test_pallas_ignores_the_padding_of_odd_lengths_without_a_mask():
         by_einsums,
         *qkv(1, 130, 130),
     )
+
+
+def test_the_kernel_in_bfloat16_is_as_close_as_rounding():
+    """To the einsums in float32: sums and softmax are float32, factors and results are not."""
+    arrays = [jnp.asarray(x, jnp.bfloat16) for x in qkv(2, 64, 64)]
+    weights = jnp.asarray(normal(2, 64, WIDTH, seed=9), jnp.bfloat16)
+    y, pullback = jax.vjp(functools.partial(by_kernel, mask=None), *arrays)
+    exact = [x.astype(jnp.float32) for x in arrays]
+    expected, exact_pullback = jax.vjp(by_einsums, *exact)
+    pairs = zip((y, *pullback(weights)), (expected, *exact_pullback(weights.astype(jnp.float32))))
+    for found, true in pairs:
+        assert found.dtype == jnp.bfloat16
+        error = jnp.abs(found.astype(jnp.float32) - true)
+        assert error.max() < 0.02 * jnp.abs(true).max()
+
+
+@pytest.mark.parametrize(("remat", "times"), [("none", 2), ("attention", 1)])
+def test_rematerialisation_may_keep_what_the_kernel_put_out(remat, times):
+    @functools.partial(jax.checkpoint, policy=layers._REMAT[remat])
+    def block(x):
+        return jnp.sin(by_kernel(x, x, x, mask=None)).sum()
+
+    gradient = jax.make_jaxpr(jax.grad(block))(normal(1, 16, WIDTH))
+    names = [equation.params["name"] for equation, _ in kernels._find(gradient.jaxpr, 1)]
+    assert sorted(names) == ["attention"] * times + ["attention_backward"]
 
 
 def test_pallas_is_split_over_samples_and_heads():

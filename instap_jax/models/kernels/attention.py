@@ -7,7 +7,7 @@ register and zeroes, head by head, the lanes of the others: their products then 
 cost nothing, as a matrix unit multiplies 128 lanes whatever they hold.
 
 All keys of these heads are in VMEM at once, so a row's softmax is computed whole. The gradient
-computes it again from q and k: it needs nothing else of the forward pass.
+computes it again from q and k, and needs nothing else of the forward pass but its result.
 
 Axis letters: b samples, n query tokens, m key tokens, e = heads * channels.
 """
