@@ -4,8 +4,8 @@
 
 Needs the extra `compile` and no TPU. Prints cycles of one head of 64 channels, forward and
 backward, and of one token of a LayerNorm of width 1024. Kernels: instructions or traffic
-(`aot/kernels.py`); XLA: its `estimated_cycles`. Splash pads to its blocks of 128, as we would
-have to; its backward pass is the fused kernel.
+(`aot/kernels.py`); XLA: its `estimated_cycles`. Splash gets the blocks of 384 to 1024 that pad the
+fewest tokens, a shorter length as one block, and its fused backward pass.
 """
 
 import argparse
@@ -40,7 +40,9 @@ def ours(q, k, v):
 def splash(q, k, v):
     """With the padding to whole blocks masked by segments, all keys of a head held at once."""
     length = q.shape[1]
-    block = next(b for b in range(1024, 0, -128) if (padded := -(-length // 128) * 128) % b == 0)
+    blocks = range(1024, 256, -128) if length > 384 else (-(-length // 128) * 128,)
+    block = min(blocks, key=lambda size: -length % size)
+    padded = -(-length // block) * block
     q, k, v = (
         jnp.pad(layers.split_heads(x, HEADS), ((0, 0), (0, padded - length), (0, 0), (0, 0)))
         for x in (q, k, v)
