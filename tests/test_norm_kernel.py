@@ -55,6 +55,20 @@ def test_the_kernel_computes_in_float32():
     compare((2, 32, 128), dtype=jnp.bfloat16, atol=0.04)
 
 
+def test_norms_of_several_heads_side_by_side():
+    """As the distillation heads have them: every one with its own parameters."""
+    arrays = normal(3, 2, 40, 128), normal(3, 128, seed=1), normal(3, 128, seed=2)
+    weights = normal(3, 2, 40, 128, seed=3)
+    found, pullback = jax.vjp(jax.vmap(by_kernel), *arrays)
+    gradients = pullback(weights)
+    for head in range(3):
+        one = [array[head] for array in arrays]
+        expected, pullback = jax.vjp(by_xla, *one)
+        np.testing.assert_allclose(found[head], expected, atol=3e-5)
+        for gradient, true in zip(gradients, pullback(weights[head])):
+            np.testing.assert_allclose(gradient[head], true, atol=5e-5)
+
+
 def test_every_device_normalises_its_own_samples():
     grid = np.array(jax.devices()[:8], dtype=object).reshape(2, 2, 2)
     mesh = Mesh(grid, ("replica", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
