@@ -70,7 +70,7 @@ def rows() -> list[Row]:
         samples = 64 if generation == "v5p" else 16
         align = [f"--config.data.group_size={min(samples, 32)}"]
         # A v5p's memory holds the layers' inputs of all its crops: no part is computed again.
-        align += [f"--config.compute.crop_batch={4 * samples}"] if generation == "v5p" else []
+        align += [f"--config.compute.crop_frames={4 * 16 * samples}"] if generation == "v5p" else []
         common = {"topology": topology, "chips": chips, "slices": slices}
         found.append(Row(stage="stage1", per_chip=64, options=mesh, **common))
         found.append(Row(stage="stage2", per_chip=samples, options=(*mesh, *align), **common))

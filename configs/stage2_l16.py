@@ -43,6 +43,6 @@ def get_config(ablation: str = ""):
         betas=(0.9, 0.999),
         weight_decay=0.02,
     )
-    c.compute.crop_batch = 8
+    c.compute.crop_frames = 128  # 8 trajectories, or as many images as there are
     ablate(c, ablation)
     return c

@@ -281,9 +281,10 @@ def _compute() -> ConfigDict:
     # What computes attention: 'xla', our TPU kernel 'pallas', the GPU's 'cudnn', or by the mesh's
     # platform and the length, 'auto' (docs/attention.md).
     c.attention = "auto"
-    # Instance crops that a device encodes at a time, at most, to bound memory: the work and the
-    # batch stay the same, weights are gathered more often. Unset: all of a step at once.
-    c.crop_batch = placeholder(int)
+    # Frames of instance crops that a device encodes at a time, at most (whole crops, one at least),
+    # to bound memory: the work and the batch stay the same, weights are gathered more often.
+    # Unset: all of a step at once.
+    c.crop_frames = placeholder(int)
     # Where compiled programs are kept for later starts; storage that all hosts share is best.
     # Unset: what JAX_COMPILATION_CACHE_DIR says, else WORKDIR/xla_cache, but on CPUs nowhere.
     c.cache_dir = placeholder(str)

@@ -118,7 +118,7 @@ OPTIONAL = (
     "data.group_size",
     "optimizer.reference_batch",
     "optimizer.clip_norm",
-    "compute.crop_batch",
+    "compute.crop_frames",
     "vision.position_frames",
     "vision.position_size",
     "evaluation.every",

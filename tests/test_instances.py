@@ -178,7 +178,11 @@ def test_crops_encoded_in_parts_on_many_devices_are_those_of_one():
     mesh = tiny_config("stage2").mesh
     mesh.update(replica=1, fsdp=4, tensor=2)
     with jax.set_mesh(sharding.make_mesh(mesh)):
-        found = compute(state, 3)
+        found = compute(state, 7)  # frames: three crops of two, and four a device
+        in_parts = str(jax.make_jaxpr(loss, static_argnums=1)(state, 7))
+        at_once = str(jax.make_jaxpr(loss, static_argnums=1)(state, 8))
+    assert "length=2" in in_parts
+    assert "length=2" not in at_once
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected
     )

@@ -65,20 +65,22 @@ def encode_crops(
     at_most: int | None,
     key: Array | None,
 ) -> Array:
-    """Crops through the encoder, in the fewest equal parts of `at_most` crops a device.
+    """Crops through the encoder, in the fewest equal parts of `at_most` frames a device.
 
     Every device takes each part from its own crops, so that cutting moves nothing between devices.
     A number of crops that does not divide over the devices is encoded at once.
 
     Args:
       crops: [B, t, S, S, 3], normalised. visible, mask, key: as `VisionEncoder` takes them.
-      at_most: None: all at once.
+      at_most: of frames; a part has one whole crop at least. None: all at once.
 
     Returns:
       [B, l, d] in the compute dtype.
     """
     count, rest = divmod(crops.shape[0], data_ways())
-    parts = 1 if rest or not at_most else fewest_parts(count, at_most)
+    parts = 1
+    if at_most and not rest:
+        parts = fewest_parts(count, max(1, at_most // crops.shape[1]))
     if parts == 1:
         return encoder(crops, visible=visible, mask=mask, key=key).tokens
 

@@ -107,7 +107,7 @@ class InstAP(nnx.Module):
             self.contrastive_bias = nnx.Param(start, logical_axes=())
             self.instance_contrastive_bias = nnx.Param(start, logical_axes=())
         self.contextual = align.cross_attention
-        self.crop_batch = config.compute.crop_batch
+        self.crop_frames = config.compute.crop_frames
 
     def predict_teacher(
         self, taps: Array, *, frames: int, visible: Array | None, patches: int
@@ -175,7 +175,7 @@ class InstAP(nnx.Module):
         groups, count = crops.shape[:2]
 
         flat = jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), (crops, visible, mask))
-        tokens = encode_crops(self.encoder, *flat, at_most=self.crop_batch, key=key)
+        tokens = encode_crops(self.encoder, *flat, at_most=self.crop_frames, key=key)
         tokens = tokens.reshape((groups, count, *tokens.shape[1:]))
         crop = masked_mean(tokens, mask)
         if codes is not None:
