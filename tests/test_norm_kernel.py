@@ -98,11 +98,16 @@ def test_every_device_normalises_its_own_samples():
     ],
 )
 def test_where_it_is_used(expected, platform, backend, shape, monkeypatch):
+    assert fits(monkeypatch, platform, backend, shape, tensor=1) is expected
+    assert fits(monkeypatch, platform, backend, shape, tensor=2) is False
+
+
+def fits(monkeypatch, platform, backend, shape, *, tensor):
     mesh = types.SimpleNamespace(
         empty=False,
         auto_axes=("fsdp",),
-        shape={"fsdp": 2},
+        shape={"fsdp": 2, "tensor": tensor},
         abstract_device=types.SimpleNamespace(platform=platform),
     )
     monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
-    assert kernel.fits(backend, shape) is expected
+    return kernel.fits(backend, shape)

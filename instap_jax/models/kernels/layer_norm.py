@@ -29,6 +29,8 @@ def fits(backend: str, shape: tuple[int, ...]) -> bool:
     if platform() != "tpu" or backend not in ("auto", "pallas") or len(shape) < 3:
         return False
     samples, tokens, width = shape[-3:]
+    if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1:
+        return False  # gradients, alike on all of `tensor`, would be summed over it to no purpose
     # Shorter sequences, texts, are not worth a program of the grid each.
     return samples % data_ways() == 0 and tokens >= tiles.LANES and width % tiles.LANES == 0
 
