@@ -32,6 +32,7 @@ CHOICES = {
     "contrastive.loss": ("softmax", "sigmoid"),
     "compute.dtype": ("bfloat16", "float32"),
     "compute.remat": ("none", "attention", "dots", "all"),
+    "compute.attention": ("auto", "xla", "pallas", "cudnn"),
     "checkpoint.init_which": ("newest", "best"),
     "guard.non_finite": ("stop", "skip"),
 }

@@ -93,6 +93,7 @@ def test_unknown_ablation_is_refused(part):
         ({"align.alpha": 2.0}, "must be in [0, 1]"),
         ({"align.crop_size": 100}, "no multiple of vision.patch"),
         ({"align.cross_attention_heads": 7}, "do not divide vision.width"),
+        ({"compute.attention": "splash"}, "compute.attention"),
         ({"text.fusion_layers": 24}, "must be 1 to text.depth - 1 = 23"),
         ({"data.caption_sampling": "last"}, "none of epoch, first"),
         ({"distill.mask_score": "rnd"}, "none of cls, received, random"),

@@ -33,7 +33,6 @@ from instap_jax.sharding import DATA_AXES
 
 Array = jax.Array
 
-BACKENDS = ("auto", "xla", "pallas", "cudnn")
 LONG = 128 * 256  # logits of a head, n * m, from which on 'auto' takes a kernel
 _PLATFORM = {"pallas": "tpu", "cudnn": "gpu"}
 _LOGITS = 1 << 20  # of a head, that a program holds at once: a v4 has 16 MB for all of it
