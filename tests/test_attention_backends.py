@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh
+from tiny import tiny_config
 
 from instap_jax.aot import kernels
 from instap_jax.errors import UserError
 from instap_jax.models import attention_backends as backends
 from instap_jax.models import layers, placement
+from instap_jax.models.teacher import ClipVision
+from instap_jax.models.vision import VisionEncoder
 
 HEADS, WIDTH = 4, 256
 
@@ -116,6 +119,40 @@ def test_blocks_on_padded_tokens_give_what_they_give_without(monkeypatch):
             return block(padded, mask=mask, length=200)[:, :200]
 
     compare(by_kernel, lambda x: block.with_probabilities(x, mask=mask)[0], normal(2, 200, 128))
+
+
+@pytest.fixture
+def kernels_everywhere(monkeypatch):
+    monkeypatch.setattr(backends, "choose", lambda *_, **__: "pallas")
+    monkeypatch.setattr(backends, "attend", functools.partial(backends.attend, interpret=True))
+
+
+def close(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, expected)
+
+
+def test_encoders_return_no_padding(kernels_everywhere, monkeypatch):
+    """50 visible tokens and 17 of a picture are padded, and nobody sees it."""
+    config = tiny_config("stage1")
+    config.vision.width = config.teacher.width = 128
+    options = {"dtype": jnp.float32, "remat": "none"}
+    student = VisionEncoder(config.vision, rngs=nnx.Rngs(0), **options)
+    video, visible = normal(2, 4, 16, 16, 3), np.stack([np.arange(50), np.arange(50) + 14])
+    mask = np.arange(50) < np.array([[50], [20]])
+    teacher = ClipVision(config.teacher, rngs=nnx.Rngs(0), **options)
+    pictures = normal(2, 12, 12, 3)
+
+    def both():
+        seen = student(video, visible=visible, taps=2).taps
+        masked = student(video, visible=visible, mask=mask).tokens
+        alone = teacher(pictures, taps=2)
+        return seen, masked * mask[..., None], alone, teacher(pictures, taps=2, attention=True)
+
+    found = both()
+    assert found[0].shape == (2, 2, 50, config.vision.width)
+    monkeypatch.setattr(backends, "choose", lambda *_, **__: "xla")
+    close(found, both())
 
 
 def test_padding_is_no_key_for_the_einsums_either():
