@@ -31,7 +31,7 @@ CHOICES = {
     "distill.mask_choice": ("sample", "topk"),
     "contrastive.loss": ("softmax", "sigmoid"),
     "compute.dtype": ("bfloat16", "float32"),
-    "compute.remat": ("none", "attention", "dots", "all"),
+    "compute.remat": ("none", "attention", "offload", "dots", "all"),
     "compute.attention": ("auto", "xla", "pallas", "cudnn"),
     "checkpoint.init_which": ("newest", "best"),
     "guard.non_finite": ("stop", "skip"),
@@ -276,6 +276,8 @@ def _value_faults(flat: dict[str, Any]) -> list[str]:
     steps = re.fullmatch(r"(\d+):(\d+)", flat["log.profile"] or "1:1")
     if not steps or not 1 <= int(steps[1]) <= int(steps[2]):
         faults.append(f"log.profile={flat['log.profile']!r} must be A:B, first and last step")
+    if flat["seed"] >= 1 << 32:
+        faults.append(f"seed={flat['seed']} must be below 2^32")
     for axis in ("replica", "fsdp", "tensor"):
         if flat[f"mesh.{axis}"] < 1 and flat[f"mesh.{axis}"] != -1:
             faults.append(f"mesh.{axis}={flat[f'mesh.{axis}']} must be positive, or -1")

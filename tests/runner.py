@@ -30,7 +30,7 @@ class Runner:
         history = []
         with jax.set_mesh(self.mesh):
             for _ in range(steps):
-                state, metrics = self.program.step(state, self.frozen, batch)
+                state, metrics = self.program.step(state, self.frozen, batch, self.program.seed)
                 history.append({name: float(value) for name, value in metrics.items()})
         return jax.device_get(state), history
 

@@ -111,6 +111,7 @@ def test_wrong_values_of_stage_2_are_named(changes, message):
     ("changes", "message"),
     [
         ({"stage": "distil"}, "did you mean 'distill'"),
+        ({"seed": 1 << 32}, "seed=4294967296 must be below 2^32"),
         ({"vision.image_size": 225}, "no multiple of its patch"),
         ({"vision.heads": 7}, "no multiple of its heads"),
         ({"teacher.image_size": 182}, "patches a side"),

@@ -32,6 +32,7 @@ def _loss(config, model, frozen, batch, key):
     return loss, {"term": loss}
 
 
+SEED = np.uint32(0)
 OBJECTIVE = Objective(create=lambda c, r: _Layer(), create_frozen=None, loss=_loss)
 
 
@@ -42,8 +43,8 @@ def make_step(config):
     step = step_module.make_train_step(config, OBJECTIVE, graphdef, frozen_graphdef, tx)
     zero = jnp.int32(0)
     state = TrainState(step=zero, params=params, opt_state=tx.init(params), refused=zero)
-    compiled = jax.jit(step).lower(state, frozen, batch()).compile()
-    return lambda state, batch: compiled(state, frozen, batch), state
+    compiled = jax.jit(step).lower(state, frozen, batch(), SEED).compile()
+    return lambda state, batch: compiled(state, frozen, batch, SEED), state
 
 
 def batch(seed: int = 0, **harm):

@@ -10,6 +10,7 @@ from runner import Runner, assert_close, batch_for
 from tiny import tiny_config
 
 from instap_jax import sharding
+from instap_jax.aot.lowering import abstract_batch
 from instap_jax.errors import UserError
 from instap_jax.train import flops, optimizer
 from instap_jax.train.feed import batch_shape, kind_of_step
@@ -201,6 +202,20 @@ def test_schedule_scales_with_the_batch():
     )
     schedule = optimizer.learning_rate_schedule(config)
     assert [float(schedule(s)) for s in (0, 5, 10, 100)] == pytest.approx([0, 1, 2, 0.2])
+
+
+def test_all_seeds_are_one_program():
+    texts = []
+    for seed in (0, 1):
+        config = tiny_config("stage1", seed=seed)
+        mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+        with jax.set_mesh(mesh):
+            program = build_program(config, mesh)
+            frozen = program.frozen_abstract
+            batch = abstract_batch(config, mesh, Kind.VIDEO)
+            args = (program.abstract, frozen, batch, program.seed)
+            texts.append(program.step.lower(*args).as_text())
+    assert texts[0] == texts[1]
 
 
 def test_flops_of_scans_and_remat_are_exact():

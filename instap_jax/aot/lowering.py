@@ -60,7 +60,7 @@ def lower(config: ConfigDict, topology: tpu.Topology, kind: Kind) -> LoweredStep
     with jax.set_mesh(mesh):
         program = build_program(config, mesh)
         batch = abstract_batch(config, mesh, kind)
-        args = (program.abstract, program.frozen_abstract, batch)
+        args = (program.abstract, program.frozen_abstract, batch, program.seed)
         traced = program.step.trace(*args)
         return LoweredStep(
             kind=kind,
@@ -104,7 +104,9 @@ def _flops(config: ConfigDict, mesh: Mesh, batch, remat: str) -> int:
     config = config.copy_and_resolve_references()
     config.compute.update(remat=remat, attention="xla")
     program = build_program(config, mesh)
-    return flops.count_flops(program.step, program.abstract, program.frozen_abstract, batch)
+    return flops.count_flops(
+        program.step, program.abstract, program.frozen_abstract, batch, program.seed
+    )
 
 
 def _argument_bytes(program: Program, batch) -> dict[str, int]:

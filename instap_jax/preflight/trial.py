@@ -81,7 +81,7 @@ def steps(
         seconds = []
         for _ in range(1 + TIMED_STEPS):
             start = time.perf_counter()
-            state, metrics = program.step(state, frozen, fed.batch)
+            state, metrics = program.step(state, frozen, fed.batch, program.seed)
             scalars = {name: float(value) for name, value in jax.device_get(metrics).items()}
             seconds.append(time.perf_counter() - start)
             bad = [name for name in ("loss", "grad_norm") if not math.isfinite(scalars[name])]

@@ -154,7 +154,9 @@ class _Run:
                 self._clock.wait(time.perf_counter() - waited)
                 self._measure_flops(state, frozen, fed)
                 self._checkpointer.check()
-                state, metrics = tracer.step(step, self._program.step, state, frozen, fed.batch)
+                state, metrics = tracer.step(
+                    step, self._program.step, state, frozen, fed.batch, self._program.seed
+                )
                 self._stop.hold()  # from here on there is something to save
                 asked = self._agreement.exchange(
                     Ask.FAULT if self._feed.fault else self._stop.asked
@@ -236,7 +238,7 @@ class _Run:
         without_remat = self._config.copy_and_resolve_references()
         without_remat.compute.update(remat="all", attention="xla")  # products in kernels hide
         program = build_program(without_remat, self._mesh)
-        count = flops.count_flops(program.step, state, frozen, fed.batch)
+        count = flops.count_flops(program.step, state, frozen, fed.batch, program.seed)
         self._flops[fed.kind] = count / (peak * self._mesh.size)
 
     def _meta(self) -> dict:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -35,7 +36,8 @@ class Program:
       graphdef, abstract: of the trained model; `abstract` is a TrainState of abstract arrays.
       frozen_graphdef, frozen_abstract: of the frozen model.
       init: makes fresh parameters in place on the mesh.
-      step: jitted; (state, frozen parameters, batch) -> (state, metrics); donates the state.
+      step: jitted; (state, frozen parameters, batch, seed) -> (state, metrics); donates the state.
+      seed: uint32, `config.seed`.
     """
 
     objective: Objective
@@ -45,11 +47,13 @@ class Program:
     frozen_abstract: nnx.State
     step: jax.stages.Wrapped
     init: Callable[[], TrainState]
+    seed: np.uint32
 
 
 def build_program(config: ConfigDict, mesh: Mesh) -> Program:
     """Builds the stage of `config` for a mesh that is current (`jax.set_mesh`)."""
     stage = objective(config)
+    seed = np.uint32(config.seed)
     tx = make_optimizer(config)
 
     def create(rngs: nnx.Rngs) -> nnx.Module:
@@ -73,9 +77,11 @@ def build_program(config: ConfigDict, mesh: Mesh) -> Program:
                 shardings(abstract),
                 shardings(frozen_abstract),
                 sharding.batch_sharding(mesh),
+                sharding.replicated(mesh),
             ),
             out_shardings=(shardings(abstract), sharding.replicated(mesh)),
             compiler_options=_TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None,
         ),
-        init=lambda: init_state(create, tx, abstract, config.seed),
+        init=lambda: init_state(create, tx, abstract, seed),
+        seed=seed,
     )

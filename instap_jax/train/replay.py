@@ -111,7 +111,8 @@ def _programs(config: ConfigDict, program: Program, step: int) -> tuple[Callable
 
     @jax.jit
     def compute(frozen, params, batch):
-        loss, terms, grads = gradient(params, frozen, batch, step - 1)
+        key = jax.random.fold_in(jax.random.key(program.seed), step - 1)
+        loss, terms, grads = gradient(params, frozen, batch, key)
         return terms | {"loss": loss, "grad_norm": optax.tree.norm(grads)}, grads
 
     @jax.jit

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -66,16 +67,16 @@ def init_state(
     create: Callable[[nnx.Rngs], nnx.Module],
     tx: optax.GradientTransformation,
     abstract: TrainState,
-    seed: int,
+    seed: np.uint32,
 ) -> TrainState:
     """Fresh parameters, made in place on the devices: no host ever holds the whole model.
 
     The values depend on the seed alone, not on the mesh (partitionable random bits).
     """
 
-    def init() -> TrainState:
-        params = nnx.state(create(nnx.Rngs(seed)))
+    def init(seed: jax.Array) -> TrainState:
+        params = nnx.state(create(nnx.Rngs(jax.random.key(seed))))
         zero = jnp.int32(0)
         return TrainState(step=zero, params=params, opt_state=tx.init(params), refused=zero)
 
-    return jax.jit(init, out_shardings=shardings(abstract))()
+    return jax.jit(init, out_shardings=shardings(abstract))(seed)

@@ -17,7 +17,7 @@ from instap_jax.types import Batch
 Metrics = dict[str, jax.Array]
 
 MUST_BE_FINITE = ("loss", "grad_norm", "update_norm")
-StepFunction = Callable[[TrainState, nnx.State, Batch], tuple[TrainState, Metrics]]
+StepFunction = Callable[[TrainState, nnx.State, Batch, jax.Array], tuple[TrainState, Metrics]]
 
 
 def make_train_step(
@@ -27,11 +27,12 @@ def make_train_step(
     frozen_graphdef: nnx.GraphDef,
     tx: optax.GradientTransformation,
 ) -> StepFunction:
-    """Returns `step(state, frozen, batch) -> (state, metrics)`, to be jitted by the caller.
+    """Returns `step(state, frozen, batch, seed) -> (state, metrics)`, to be jitted by the caller.
 
     All randomness comes from fold_in(seed, step), so a resumed run draws what the uninterrupted
-    one would have drawn. Metrics are float32 scalars: the objective's own terms, `loss`,
-    `learning_rate`, `grad_norm`, `param_norm`, `update_norm`, and `refused`.
+    one would have drawn. `seed` is a uint32 scalar and an argument, so that runs of all seeds are
+    one program and find each other's compiled one. Metrics are float32 scalars: the objective's
+    own terms, `loss`, `learning_rate`, `grad_norm`, `param_norm`, `update_norm`, and `refused`.
 
     An update whose loss, gradient or size is not finite is refused: parameters and optimizer state
     stay as they were before the step, and `refused` counts it. After more refusals than
@@ -42,8 +43,9 @@ def make_train_step(
     gradient = make_gradient(config, objective, graphdef, frozen_graphdef)
     allowed = refusals_allowed(config)
 
-    def step(state: TrainState, frozen: nnx.State, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss, terms, grads = gradient(state.params, frozen, batch, state.step)
+    def step(state: TrainState, frozen: nnx.State, batch: Batch, seed: jax.Array):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        loss, terms, grads = gradient(state.params, frozen, batch, key)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = terms | {
@@ -98,7 +100,10 @@ def make_gradient(
     graphdef: nnx.GraphDef,
     frozen_graphdef: nnx.GraphDef,
 ) -> Callable[[nnx.State, nnx.State, Batch, jax.Array], tuple[jax.Array, Metrics, nnx.State]]:
-    """Returns `gradient(params, frozen, batch, step) -> (loss, terms, gradient)` of a step."""
+    """Returns `gradient(params, frozen, batch, key) -> (loss, terms, gradient)` of a step.
+
+    `key` is fold_in(seed, steps done before).
+    """
     accumulate = config.optimizer.accumulate
 
     def loss_fn(params, frozen, batch, key):
@@ -108,8 +113,7 @@ def make_gradient(
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def gradient(params, frozen, batch, step):
-        key = jax.random.fold_in(jax.random.key(config.seed), step)
+    def gradient(params, frozen, batch, key):
         if accumulate == 1:
             (loss, terms), grads = grad_fn(params, frozen, batch, key)
         else:
