@@ -69,8 +69,6 @@ def rows() -> list[Row]:
         # 4,096 samples of stage 2 on v5e-256 and on v5p-128, which is 64 chips.
         samples = 64 if generation == "v5p" else 16
         align = [f"--config.data.group_size={min(samples, 32)}"]
-        # A v5p's memory holds the layers' inputs of all its crops: no part is computed again.
-        align += [f"--config.compute.crop_frames={4 * 16 * samples}"] if generation == "v5p" else []
         common = {"topology": topology, "chips": chips, "slices": slices}
         found.append(Row(stage="stage1", per_chip=64, options=mesh, **common))
         found.append(Row(stage="stage2", per_chip=samples, options=(*mesh, *align), **common))
@@ -89,8 +87,8 @@ def run(row: Row, results: Path, cache: str) -> None:
 
 _HEAD = (
     "stage, batch of", "topology", "chips", "samples a chip", "HBM GiB, peak of", "spare",
-    "TFLOPs a chip", "ICI GB", "DCN GB", "estimate ms (kernels)", "utilisation, ICI hidden / not",
-    "compile s", "RSS GB",
+    "TFLOPs a chip", "ICI GB", "DCN GB", "host GB/s", "estimate ms (kernels)",
+    "utilisation, ICI hidden / not", "compile s", "RSS GB",
 )  # fmt: skip
 
 
@@ -102,7 +100,7 @@ def table(results: Path) -> str:
         where = f"{row.topology}" + (f" x {row.slices}" if row.slices > 1 else "")
         start = (where, str(row.chips), str(row.per_chip))
         if report is None:
-            lines.append(_line((f"{row.stage}", *start, "not yet run", *[""] * 8)))
+            lines.append(_line((f"{row.stage}", *start, "not yet run", *[""] * 9)))
             continue
         for step in report["steps"]:
             lines.append(_line((f"{row.stage}, {step['kind']}", *start, *_cells(step))))
@@ -118,10 +116,11 @@ def _cells(step: dict) -> tuple[str, ...]:
     )
     built = (f"{step['lower_seconds'] + step['seconds']:.0f}", f"{step['rss'] / 1e9:.1f}")
     if not step["fits"]:
-        return (*memory, "", "", "out of memory", "", *built)
+        return (*memory, "", "", "", "out of memory", "", *built)
     estimate = f"{1e3 * step['compute_seconds']:,.0f} ({1e3 * step['kernel_seconds']:,.0f})"
     shares = f"{step['utilisation_hidden']:.0%} / {step['utilisation_exposed']:.0%}"
     traffic = (f"{step['ici_bytes'] / 1e9:.2f}", f"{step['dcn_bytes'] / 1e9:.2f}")
+    traffic += (f"{step['host_bytes_per_second'] / 1e9:.1f}",)
     return (*memory, *traffic, estimate, shares, *built)
 
 

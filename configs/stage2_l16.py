@@ -43,6 +43,6 @@ def get_config(ablation: str = ""):
         betas=(0.9, 0.999),
         weight_decay=0.02,
     )
-    c.compute.crop_frames = 128  # 8 trajectories, or as many images as there are
+    c.compute.remat = "offload"  # crops' inputs of all layers are more than a v5e has memory
     ablate(c, ablation)
     return c

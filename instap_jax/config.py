@@ -276,7 +276,9 @@ def _compute() -> ConfigDict:
     c = ConfigDict()
     c.dtype = "bfloat16"  # of activations and matmuls; parameters, norms, softmax, loss: float32
     # What the backward pass keeps of a block: 'none' (only its input), 'attention' (also what
-    # the TPU's kernel put out), 'dots' (matmul outputs without batch dimensions too), 'all'.
+    # the TPU's kernel put out), 'offload' (these two in the host's memory, where they are large),
+    # 'dots' (as 'attention', and matmul outputs without batch dimensions), 'all'
+    # (docs/attention.md).
     c.remat = "none"
     # What computes attention: 'xla', our TPU kernel 'pallas', the GPU's 'cudnn', or by the mesh's
     # platform and the length, 'auto' (docs/attention.md).

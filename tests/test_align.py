@@ -11,6 +11,7 @@ from tiny import tiny_config
 
 from instap_jax.errors import UserError
 from instap_jax.evaluation import encoder
+from instap_jax.models import depth
 from instap_jax.train import flops
 from instap_jax.train.initialise import initial_params
 from instap_jax.train.objectives import objective
@@ -68,8 +69,13 @@ def without(batch, unused: np.ndarray, seed: int):
     return changed(batch, instance_valid=batch["instance_valid"] & ~unused, **mixed)
 
 
-def test_eight_devices_equal_one(runner, batch, reference):
+def test_eight_devices_that_offload_equal_one_that_keeps_everything(
+    runner, batch, reference, monkeypatch
+):
+    monkeypatch.setattr(depth, "OFFLOADED_FROM", 0)
     config = align_config()
+    assert config.compute.remat == "all"
+    config.compute.remat = "offload"
     config.mesh.update(replica=2, fsdp=2, tensor=2)
     many, history = Runner(config, 8).run(batch)
     one, one_history = reference

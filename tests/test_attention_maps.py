@@ -11,8 +11,8 @@ from tiny import tiny_config
 
 from instap_jax.evaluation import attention_maps, pointing
 from instap_jax.models.boxes import patch_cover
+from instap_jax.models.depth import layer
 from instap_jax.models.instap import InstAP
-from instap_jax.models.layers import layer
 from instap_jax.train.objectives import compute_options
 
 SIDE, FRAMES = 4, 2

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax.experimental import pallas
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
@@ -16,7 +17,10 @@ from tiny import tiny_config
 from instap_jax import main, sharding
 from instap_jax.aot import compiling, hlo, kernels, lowering, topology
 from instap_jax.errors import UserError
+from instap_jax.models import depth
+from instap_jax.models.layers import Bias, PreNormBlock, exact_gelu
 from instap_jax.train.flops import peak_flops
+from instap_jax.train.state import with_sharding
 from instap_jax.types import Kind
 
 
@@ -129,6 +133,48 @@ def test_traffic_between_slices_of_a_compiled_program():
     # Of every gradient a chip sends its quarter to the other slice.
     assert total(found, network="DCN") == 6 * layer / 4
     assert total(found, network="ICI", kind="all-gather") == 6 * layer * 3 / 4
+
+
+def compile_stack(remat: str) -> tuple[hlo.Module, jax.stages.Compiled]:
+    """Gradient of 4 blocks of width 128 with our kernel, for 16 sequences of 256 on 4 chips."""
+    mesh = sharding.make_mesh(
+        tiny_config("stage1").mesh, topology.devices(topology.parse("v5e:2x2"))
+    )
+    options = {"mlp_ratio": 4, "bias": Bias.FULL, "activation": exact_gelu, "eps": 1e-6}
+    options |= {"dtype": jnp.bfloat16, "backend": "pallas"}
+    blocks = nnx.eval_shape(
+        lambda: depth.stack(lambda rngs: PreNormBlock(128, 2, **options, rngs=rngs), 4, nnx.Rngs(0))
+    )
+    with jax.set_mesh(mesh), jax.default_matmul_precision("default"):
+        graphdef, params = nnx.split(blocks)
+        params = with_sharding(params, mesh)
+
+        def loss(params, x):
+            y, _ = depth.scan_blocks(nnx.merge(graphdef, params), x, remat=remat)
+            return (y.astype(jnp.float32) ** 2).sum()
+
+        split = sharding.batch_sharding(mesh)
+        x = jax.ShapeDtypeStruct((16, 256, 128), jnp.bfloat16, sharding=split)
+        traced = jax.jit(jax.grad(loss)).trace(params, x)
+        lowered = traced.lower(lowering_platforms=("tpu",))
+    with topology.compiler_environment():
+        compiled = lowered.compile()
+    return hlo.parse(compiled.as_text()), compiled
+
+
+def test_what_a_stack_offloads_goes_to_the_host_and_comes_back(monkeypatch):
+    monkeypatch.setattr(depth, "OFFLOADED_FROM", 4 * 256 * 128 * 2)
+    module, compiled = compile_stack("offload")
+    kept = 2 * 4 * (16 // 4) * 256 * 128 * 2  # inputs and results of attention, of a chip
+    assert hlo.host_traffic(module, list(hlo.walk(module))) == {"out": kept, "in": kept}
+    assert compiled.memory_analysis().host_temp_size_in_bytes >= kept
+
+
+def test_small_inputs_stay_on_the_device(monkeypatch):
+    monkeypatch.setattr(depth, "OFFLOADED_FROM", 4 * 256 * 128 * 2 + 1)
+    module, compiled = compile_stack("offload")
+    assert hlo.host_traffic(module, list(hlo.walk(module))) == {"out": 0, "in": 0}
+    assert compiled.memory_analysis().host_temp_size_in_bytes == 0
 
 
 def test_kernels_are_found_counted_and_bounded():

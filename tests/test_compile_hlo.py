@@ -203,6 +203,40 @@ def test_groups_of_a_named_mesh_in_any_order():
     np.testing.assert_array_equal(found, [[0, 1, 4, 5], [2, 3, 6, 7]])
 
 
+# What a loop offloads, as the text of a compiled program has it and as the compiler's dump does.
+OFFLOADED = """HloModule jit_step
+
+%async_computation.1 (param_0.1: bf16[4,8,128], param_1.1: bf16[1,8,128], param_2.1: s32[]) -> bf16[4,8,128] {
+  %param_0.1 = bf16[4,8,128]{2,1,0:T(8,128)(2,1)S(5)} parameter(0)
+  %param_1.1 = bf16[1,8,128]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %param_2.1 = s32[]{:T(128)} parameter(2)
+  ROOT %dynamic-update-slice.1 = bf16[4,8,128]{2,1,0:T(8,128)(2,1)S(5)} dynamic-update-slice(%param_0.1, %param_1.1, %param_2.1)
+}
+
+ENTRY %main (param.5: bf16[1,8,128], param.6: bf16[4,8,128]) -> bf16[1,8,128] {
+  %param.5 = bf16[1,8,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %param.6 = bf16[4,8,128]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %constant.6 = s32[]{:T(128)} constant(0)
+  %buffer.1 = bf16[4,8,128]{2,1,0:T(8,128)(2,1)S(5)} custom-call(), custom_call_target="AllocateBuffer"
+  %dynamic-update-slice-start.1 = ((bf16[4,8,128]{2,1,0:T(8,128)(2,1)S(5)}, bf16[1,8,128]{2,1,0:T(8,128)(2,1)}, s32[]), bf16[4,8,128]{2,1,0:T(8,128)(2,1)S(5)}, u32[]{:S(2)}) async-start(%buffer.1, %param.5, %constant.6), calls=%async_computation.1
+  %dynamic-update-slice-done.1 = bf16[4,8,128]{2,1,0:T(8,128)(2,1)S(5)} async-done(%dynamic-update-slice-start.1)
+  %dynamic-update-slice-start.2 = ((bf16[4,8,128]{2,1,0:T(8,128)(2,1)S(5)}, bf16[1,8,128]{2,1,0:T(8,128)(2,1)}, s32[]), bf16[4,8,128]{2,1,0:T(8,128)(2,1)S(5)}, u32[]{:S(2)}) dynamic-update-slice-start(%dynamic-update-slice-done.1, %param.5, %constant.6)
+  %dynamic-update-slice-done.2 = bf16[4,8,128]{2,1,0:T(8,128)(2,1)S(5)} dynamic-update-slice-done(%dynamic-update-slice-start.2)
+  %on-device.1 = bf16[1,8,128]{2,1,0:T(8,128)(2,1)} dynamic-slice(%param.6, %constant.6), dynamic_slice_sizes={1,8,128}
+  %dynamic-slice-start.1 = ((bf16[4,8,128]{2,1,0:T(8,128)(2,1)S(5)}, s32[]), bf16[1,8,128]{2,1,0:T(8,128)(2,1)}, u32[]{:S(2)}) dynamic-slice-start(%dynamic-update-slice-done.2, %constant.6), dynamic_slice_sizes={1,8,128}
+  %copy-start.1 = (bf16[4,8,128]{2,1,0:T(8,128)(2,1)}, bf16[4,8,128]{2,1,0:T(8,128)(2,1)S(5)}, u32[]{:S(2)}) copy-start(%dynamic-update-slice-done.2)
+  ROOT %dynamic-slice-done.1 = bf16[1,8,128]{2,1,0:T(8,128)(2,1)} dynamic-slice-done(%dynamic-slice-start.1)
+}
+"""  # noqa: E501
+
+
+def test_traffic_with_the_host():
+    module = hlo.parse(OFFLOADED)
+    part = 8 * 128 * 2
+    moved = hlo.host_traffic(module, list(hlo.walk(module)))
+    assert moved == {"out": 2 * part, "in": part + 4 * part}
+
+
 def test_size_of_shapes():
     assert hlo.size("(f32[2,3]{1,0:T(8,128)}, /*index=1*/bf16[4], pred[], s4[8], token[])") == 37
 

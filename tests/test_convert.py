@@ -23,7 +23,7 @@ from instap_jax.interop import torch_model
 from instap_jax.interop.importing import convert
 from instap_jax.interop.keys import leaves
 from instap_jax.interop.report import Fate
-from instap_jax.models import layers, resize, vision
+from instap_jax.models import depth, resize, vision
 from instap_jax.models.text import text_mask
 from instap_jax.train import checkpoint, loop
 from instap_jax.train.initialise import initial_params
@@ -273,10 +273,10 @@ def test_bert_equals_hugging_face(tmp_path, capsys, kind):
     x = text.embeddings(jnp.asarray(ids))
     close(x, hidden[0], LAYER)
     for i in range(2):
-        x = layers.layer(text.blocks, i)(x, mask=mask)
+        x = depth.layer(text.blocks, i)(x, mask=mask)
         close(np.asarray(x)[seen], hidden[i + 1][seen], LAYER)
     close(np.asarray(text.encode(jnp.asarray(ids)).tokens)[seen], hidden[2][seen], WHOLE)
-    fusion = layers.layer(text.fusion_blocks, 0)  # its BERT half: the look at visual tokens is new
+    fusion = depth.layer(text.fusion_blocks, 0)  # its BERT half: the look at visual tokens is new
     y = fusion.attention_norm(x + fusion.attention(x, mask=mask))
     y = fusion.mlp_norm(y + fusion.mlp(y))
     close(np.asarray(y)[seen], hidden[3][seen], LAYER)

@@ -10,7 +10,7 @@ import torch
 import torch_reference as reference
 from flax import nnx
 
-from instap_jax.models import layers
+from instap_jax.models import depth, layers
 
 WIDTH, HEADS, DEPTH = 32, 4, 3
 TOLERANCE = 1e-5
@@ -35,7 +35,7 @@ def make_created_block(dtype="float32"):
 
 
 def create_stack(dtype="float32"):
-    return layers.stack(lambda rngs: make_block(rngs, dtype=dtype), DEPTH, nnx.Rngs(0))
+    return depth.stack(lambda rngs: make_block(rngs, dtype=dtype), DEPTH, nnx.Rngs(0))
 
 
 @functools.cache
@@ -194,7 +194,7 @@ def test_probabilities_come_with_the_same_output():
 def run_one_by_one(blocks, x, *, key=None, rates=None, start=0, stop=DEPTH):
     outputs = []
     for i in range(start, stop):
-        block = layers.layer(blocks, i)
+        block = depth.layer(blocks, i)
         if key is None:
             x = block(x)
         else:
@@ -211,7 +211,7 @@ def test_scan_equals_layers_one_by_one(start, stop, taps, stochastic):
     key = jax.random.key(5) if stochastic else None
     rates = jnp.linspace(0.0, 0.6, DEPTH)
     expected = run_one_by_one(blocks, x, key=key, rates=rates, start=start, stop=stop)
-    y, tapped = layers.scan_blocks(
+    y, tapped = depth.scan_blocks(
         blocks,
         x,
         remat="none",
@@ -230,7 +230,7 @@ def test_scan_equals_layers_one_by_one(start, stop, taps, stochastic):
 
 def test_scan_refuses_more_taps_than_layers():
     with pytest.raises(ValueError, match="4 taps"):
-        layers.scan_blocks(make_stack(), normal(1, 2, WIDTH), remat="all", taps=4)
+        depth.scan_blocks(make_stack(), normal(1, 2, WIDTH), remat="all", taps=4)
 
 
 def scan_loss(remat):
@@ -241,7 +241,7 @@ def scan_loss(remat):
     def loss(state):
         blocks = nnx.merge(graphdef, state)
         key = jax.random.key(0)
-        y, _ = layers.scan_blocks(blocks, x, remat=remat, key=key, drop_path_rates=rates)
+        y, _ = depth.scan_blocks(blocks, x, remat=remat, key=key, drop_path_rates=rates)
         return (y**2).mean()
 
     return loss, state
@@ -251,14 +251,15 @@ def _pullback(function, x):
     return jax.vjp(function, x)[1]
 
 
-def test_remat_policies_give_equal_gradients_and_keep_less():
+def test_remat_policies_give_equal_gradients_and_keep_less(monkeypatch):
+    monkeypatch.setattr(depth, "OFFLOADED_FROM", 0)
     gradients, kept = {}, {}
-    for remat in ("none", "attention", "dots", "all"):
+    for remat in ("none", "attention", "offload", "dots", "all"):
         loss, state = scan_loss(remat)
         gradients[remat] = jax.jit(jax.grad(loss))(state)
         pullback = jax.eval_shape(functools.partial(_pullback, loss), state)
         kept[remat] = sum(leaf.size for leaf in jax.tree.leaves(pullback))
-    for remat in ("none", "dots"):
+    for remat in ("none", "offload", "dots"):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
             gradients[remat],
@@ -300,8 +301,8 @@ def test_attention_dropout_needs_a_key():
 
 def test_bfloat16_stays_close_to_float32():
     x = normal(2, 9, WIDTH)
-    exact, _ = layers.scan_blocks(make_stack(), x, remat="all")
-    y, _ = layers.scan_blocks(make_stack("bfloat16"), x.astype(jnp.bfloat16), remat="all")
+    exact, _ = depth.scan_blocks(make_stack(), x, remat="all")
+    y, _ = depth.scan_blocks(make_stack("bfloat16"), x.astype(jnp.bfloat16), remat="all")
     assert y.dtype == jnp.bfloat16
     assert np.abs(y.astype(jnp.float32) - exact).max() < 0.03 * np.abs(exact).max()
 

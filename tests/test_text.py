@@ -13,7 +13,7 @@ from transformers.models.bert import modeling_bert as hf
 
 from instap_jax import config as configuration
 from instap_jax import losses
-from instap_jax.models import layers
+from instap_jax.models import depth
 from instap_jax.models.text import MatchHead, TextEncoder, text_mask
 
 VOCAB, WIDTH, HEADS, HIDDEN, LENGTH, VISION = 60, 32, 4, 64, 12, 24
@@ -117,7 +117,7 @@ def test_each_text_layer_matches_bert(index):
     theirs, ours = towers()
     x, mask = normal(3, 6, WIDTH, seed=index), text_mask(IDS)
     expected = theirs.text[index](torch.tensor(x), reference.additive(torch.tensor(mask)))
-    check(layers.layer(ours.blocks, index)(x, mask=mask), expected, LAYER)
+    check(depth.layer(ours.blocks, index)(x, mask=mask), expected, LAYER)
 
 
 @pytest.mark.parametrize("index", range(FUSION_LAYERS))
@@ -130,7 +130,7 @@ def test_each_fusion_layer_matches_bert(index):
         torch.tensor(VISUAL),
         reference.additive(torch.tensor(VISUAL_MASK)),
     )
-    layer = layers.layer(ours.fusion_blocks, index)
+    layer = depth.layer(ours.fusion_blocks, index)
     actual = layer(x, mask=mask, context=VISUAL, context_mask=VISUAL_MASK)
     check(actual, expected, LAYER)
 
@@ -238,7 +238,7 @@ def test_dropout_needs_a_key_and_follows_it():
 
 
 def test_every_dropout_of_a_layer_draws_its_own_noise():
-    block = layers.layer(towers()[1].fusion_blocks, 0)
+    block = depth.layer(towers()[1].fusion_blocks, 0)
     x, mask, key = normal(1, 6, WIDTH), np.ones((1, 6), bool), jax.random.key(0)
     drawn, rates = [], []
 

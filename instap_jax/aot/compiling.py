@@ -18,7 +18,7 @@ from instap_jax.aot import hlo, kernels, topology
 from instap_jax.aot.lowering import LoweredStep
 from instap_jax.train.flops import peak_flops
 
-VERSION = 4  # of the figures: raise it when their meaning changes
+VERSION = 5  # of the figures: raise it when their meaning changes
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _LARGEST, _HOTTEST = 8, 20  # buffers and operations kept
 
@@ -32,6 +32,8 @@ class StepFigures:
       hbm: bytes by class: parameters, optimizer, teacher, batch (together `arguments`), outputs,
         aliased (outputs in the place of arguments), temporary, code, peak (all of them at most).
       limit: bytes that a program may use.
+      host: bytes in the host's memory for a chip ('memory'), that a step writes to it ('out') and
+        reads from it ('in').
       largest: (bytes, shapes) of the largest temporary buffers.
       model_flops, executed_flops: a chip's share, see `LoweredStep`.
       collectives: traffic by kind, axes and network, bytes a chip receives in a step.
@@ -48,6 +50,7 @@ class StepFigures:
     fits: bool
     hbm: dict[str, int]
     limit: int
+    host: dict[str, float]
     largest: list[tuple[int, str]]
     model_flops: float
     executed_flops: float
@@ -76,6 +79,12 @@ class StepFigures:
     def compute_time(self) -> float:
         """Seconds: the compiler's cycles, and those of the kernels."""
         return (self.cycles + self.kernel_cycles) / self.clock
+
+    @property
+    def host_speed(self) -> float | None:
+        """Bytes a second, each way, that hide the host's traffic behind all of the computation."""
+        moved = max(self.host.get("out", 0), self.host.get("in", 0))
+        return moved / self.compute_time if self.cycles else None
 
     @property
     def kernel_cycles(self) -> int:
@@ -116,7 +125,7 @@ def _fingerprint(step: LoweredStep, where: topology.Topology) -> str:
 
 def _measure(step: LoweredStep, where: topology.Topology) -> StepFigures:
     start = time.perf_counter()
-    facts = {"fits": True, "collectives": [], "cycles": 0, "hottest": [], "kernels": []}
+    facts = {"fits": True, "host": {}, "collectives": [], "cycles": 0, "hottest": [], "kernels": []}
     # We count on its directory for the report of buffers, and for a text of last resort.
     with tempfile.TemporaryDirectory(prefix="instap-compile-") as dump:
         options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
@@ -130,6 +139,7 @@ def _measure(step: LoweredStep, where: topology.Topology) -> StepFigures:
         seconds = time.perf_counter() - start
         if facts["fits"]:
             facts |= _program_facts(_text(compiled, dump), step.mesh, where)
+            facts["host"]["memory"] = compiled.memory_analysis().host_temp_size_in_bytes
             facts["kernels"] = [
                 dataclasses.asdict(call) for call in kernels.measure(step.jaxpr, where)
             ]
@@ -202,7 +212,8 @@ def _read(dump: str, pattern: str) -> str:
 
 
 def _program_facts(text: str, mesh: jax.sharding.Mesh, where: topology.Topology) -> dict[str, Any]:
-    visits = list(hlo.walk(hlo.parse(text)))
+    module = hlo.parse(text)
+    visits = list(hlo.walk(module))
     total: dict[tuple[str, str, str], dict[str, Any]] = {}
     for one in hlo.collectives(visits, dict(mesh.shape), where.slices):
         entry = total.setdefault(
@@ -213,6 +224,7 @@ def _program_facts(text: str, mesh: jax.sharding.Mesh, where: topology.Topology)
         entry["times"] += one.times
     return {
         "collectives": sorted(total.values(), key=lambda c: -c["bytes"]),
+        "host": hlo.host_traffic(module, visits),
         "cycles": hlo.cycles(visits),
         "hottest": hlo.hottest(visits, _HOTTEST),
     }

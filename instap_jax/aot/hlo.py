@@ -25,6 +25,11 @@ _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9-]*)\(
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _END = re.compile(r"^\}(, execution_thread=.*)?\s*$")  # a SparseCore's computations name it
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\w+\[[\d,]*\](?:\{[^}]*\})?")  # with its layout
+_HOST = "S(5)"  # in a layout: the host's memory
+# Opcodes that may move between memories: which operand they move, and which array of the shape of
+# their "-start" is its target: (operands, result, context), of a copy (target, source, context).
+_MOVES = {"dynamic-update-slice": (1, 0), "dynamic-slice": (0, -2), "copy": (0, 0)}
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
@@ -237,6 +242,29 @@ def hottest(visits: list[Visit], count: int) -> list[tuple[int, str]]:
             name = named[1].removeprefix("jit(step)/") if named else visit.instruction.opcode
             total[name] = total.get(name, 0) + visit.times * int(found[1])
     return sorted(((value, name) for name, value in total.items()), reverse=True)[:count]
+
+
+def host_traffic(module: Module, visits: list[Visit]) -> dict[str, float]:
+    """Bytes a step writes to the host's memory ('out') and reads from it ('in').
+
+    Slices put into arrays there and taken out of them (what a loop offloads), and copies of whole
+    arrays. In a fusion none was seen.
+    """
+    total = {"out": 0.0, "in": 0.0}
+    for visit in visits:
+        one = visit.instruction
+        opcode = one.opcode.removesuffix("-start")  # of a pair that moves beside computation
+        if visit.fused or opcode not in _MOVES:
+            continue
+        operand, member = _MOVES[opcode]
+        known = module.computations[visit.computation].instructions
+        source = known[one.operands[operand]].shape
+        arrays = _ARRAY.findall(one.shape)
+        target = arrays[member] if one.opcode != opcode else arrays[0]
+        if (_HOST in target) != (_HOST in source):
+            moved = source if opcode == "dynamic-update-slice" else target
+            total["out" if _HOST in target else "in"] += visit.times * size(moved)
+    return total
 
 
 def size(shape: str) -> float:

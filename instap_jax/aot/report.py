@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from instap_jax.aot.compiling import StepFigures
 from instap_jax.aot.topology import Topology
+from instap_jax.types import Kind
 
 _GIB = 1 << 30
 _SHOWN = 6  # of the largest buffers and of the operations that cost most
@@ -34,6 +35,7 @@ def _derived(one: StepFigures) -> dict[str, Any]:
         "spare": one.spare,
         "ici_bytes": one.traffic("ICI"),
         "dcn_bytes": one.traffic("DCN"),
+        "host_bytes_per_second": one.host_speed,
         "kernel_seconds": one.kernel_cycles / one.clock,
         "compute_seconds": one.compute_time if one.cycles else None,
         "ici_seconds": one.ici_time,
@@ -109,12 +111,24 @@ def _program_rows(one: StepFigures) -> list[tuple[str, str]]:
     if one.traffic("DCN") and one.cycles:
         speed = 8e-9 * one.traffic("DCN") / one.compute_time
         rows.append(("", f"DCN hidden at {speed:.1f} Gbit/s a chip or more"))
+    if one.host["out"] + one.host["in"]:
+        rows.append(("host", _host_row(one)))
     if one.cycles:
         hidden, exposed = one.utilisation(hidden=True), one.utilisation(hidden=False)
         rows.append(
             ("utilisation", f"{hidden:.1%} with ICI hidden, {exposed:.1%} with none hidden")
         )
     return rows
+
+
+def _host_row(one: StepFigures) -> str:
+    out, back = one.host["out"], one.host["in"]
+    said = (
+        f"{_gib(one.host['memory'])} GiB of its memory a chip, {out / 1e9:.2f} GB to it and "
+        f"{back / 1e9:.2f} GB from it a step"
+    )
+    speed = one.host_speed
+    return said + (f"; hidden at {speed / 1e9:.1f} GB/s each way, at least" if speed else "")
 
 
 def advice(config: ConfigDict, one: StepFigures) -> str:
@@ -130,8 +144,10 @@ def advice(config: ConfigDict, one: StepFigures) -> str:
         )
     if _has_scores(one) and config.compute.get("attention", "xla") == "xla":
         changes.append("compute.attention=pallas (scores of all token pairs are the largest)")
-    if config.compute.remat != "none":
-        changes.append("compute.remat=none")
+    if config.compute.remat not in ("none", "offload"):
+        changes.append("compute.remat=none, or offload")
+    if one.kind == Kind.VIDEO and config.stage == "align" and not config.compute.crop_frames:
+        changes.append("compute.crop_frames=128 (crops in parts, computed again)")
     state = sum(one.hbm[name] for name in ("parameters", "optimizer", "teacher"))
     if state < one.limit:
         # Powers of two: what is left of the memory over what the batch needs.

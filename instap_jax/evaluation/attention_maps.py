@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 
 from instap_jax.evaluation import aligned
+from instap_jax.models.depth import layer
 from instap_jax.models.instap import InstAP
-from instap_jax.models.layers import layer
 from instap_jax.models.text import text_mask
 
 Array = jax.Array

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from instap_jax.models.layers import LayerNorm, Linear, stack
+from instap_jax.models.depth import stack
+from instap_jax.models.layers import LayerNorm, Linear
 from instap_jax.models.vision import NORM_EPSILON, VisionEncoder
 
 Array = jax.Array

@@ -44,7 +44,7 @@ class Grounder(nnx.Module):
     encoder attends over space and time together.
 
     Args:
-      config: the whole configuration. dtype: compute dtype. remat: see `layers.scan_blocks`.
+      config: the whole configuration. dtype: compute dtype. remat: see `depth.scan_blocks`.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Classifier(nnx.Module):
     stays, so that the mean is that of the tokens which pre-training used.
 
     Args:
-      config: the whole configuration. dtype: compute dtype. remat: see `layers.scan_blocks`.
+      config: the whole configuration. dtype: compute dtype. remat: see `depth.scan_blocks`.
     """
 
     def __init__(

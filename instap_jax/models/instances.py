@@ -17,7 +17,8 @@ from flax import nnx
 from jax import lax
 
 from instap_jax.models import boxes as box
-from instap_jax.models.layers import CrossAttention, LayerNorm, Linear, scan_blocks, stack
+from instap_jax.models.depth import scan_blocks, stack
+from instap_jax.models.layers import CrossAttention, LayerNorm, Linear
 from instap_jax.models.placement import data_ways, split_over_data
 from instap_jax.models.preprocess import crop_and_resize
 from instap_jax.models.vision import NORM_EPSILON, VisionEncoder

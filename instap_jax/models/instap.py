@@ -55,7 +55,7 @@ class InstAP(nnx.Module):
     Args:
       config: the whole configuration.
       dtype: compute dtype.
-      remat: see `layers.scan_blocks`. backend: see `attention_backends`.
+      remat: see `depth.scan_blocks`. backend: see `attention_backends`.
     """
 
     def __init__(

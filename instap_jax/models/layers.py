@@ -1,8 +1,8 @@
-"""Building blocks shared by every network: linear maps, norms, attention, residual blocks, scans.
+"""Building blocks shared by every network: linear maps, norms, attention, residual blocks.
 
 Conventions held by all models:
   * Parameters are float32 `nnx.Param`s carrying `logical_axes`, one name (or None) per axis, which
-    `sharding.py` turns into mesh axes. A stack of layers has one more axis on the left.
+    `sharding.py` turns into mesh axes. A stack (`depth.py`) has one more axis on the left.
   * `dtype` is the compute dtype: kernels and activations are cast to it layer by layer. LayerNorm
     and softmax are computed in float32.
   * Modules hold no random state. `key=None` means deterministic.
@@ -22,9 +22,8 @@ from flax import nnx
 from jax import lax
 
 from instap_jax.models import attention_backends
-from instap_jax.models.kernels import attention as attention_kernel
 from instap_jax.models.kernels import layer_norm
-from instap_jax.models.placement import gathered, split_over_data
+from instap_jax.models.placement import gathered
 
 Array = jax.Array
 Initializer = Callable[..., Array]
@@ -486,94 +485,6 @@ class PreNormBlock(nnx.Module):
         )
         x = x + y
         return x + self.mlp(self.norm2(x)), probabilities
-
-
-def stack(create: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
-    """Creates `depth` modules as one, every parameter with a leading layer axis [depth, ...]."""
-
-    @nnx.vmap(in_axes=0, out_axes=0)
-    def build(key: Array) -> nnx.Module:
-        return create(nnx.Rngs(params=key))
-
-    return build(jax.random.split(rngs.params(), depth))
-
-
-def layer(blocks: nnx.Module, index: int) -> nnx.Module:
-    """One module out of a `stack`."""
-    graphdef, state = nnx.split(blocks)
-    return nnx.merge(graphdef, jax.tree.map(lambda a: a[index], state))
-
-
-_REMAT = {
-    "none": jax.checkpoint_policies.nothing_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names(attention_kernel.SAVED),
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(attention_kernel.SAVED),
-    ),
-}
-
-
-def _call_block(block: nnx.Module, x: Any, key: Array | None, rate: Array | None) -> Any:
-    return block(x, key=key) if rate is None else block(x, key=key, drop_path_rate=rate)
-
-
-def scan_blocks(
-    blocks: nnx.Module,
-    x: Any,
-    *,
-    remat: str,
-    key: Array | None = None,
-    drop_path_rates: Array | None = None,
-    start: int = 0,
-    stop: int | None = None,
-    taps: int = 0,
-    call: Callable[[nnx.Module, Any, Array | None, Array | None], Any] = _call_block,
-) -> tuple[Any, Any]:
-    """Runs layers [start, stop) of a `stack` as one compiled loop.
-
-    Args:
-      blocks: what `stack` made.
-      x: the carry, an array or a pytree of arrays.
-      remat: what the backward pass keeps of a block: 'none' (only its input), 'attention' (also
-        what its kernel put out), 'dots' (matmul outputs without batch dimensions too), 'all'.
-      key: folded with the layer's index; None runs deterministically.
-      drop_path_rates: float [depth] over the whole stack.
-      taps: the outputs of the last `taps` of these layers are also returned. Two loops, so that
-        no other output is stacked.
-      call: (block, x, key, rate) -> x, for blocks that take more than `PreNormBlock` does; it may
-        close over masks and contexts.
-
-    Returns:
-      (x, outputs [taps, ...] in layer order, or None without taps).
-    """
-    graphdef, state = nnx.split(blocks)
-    depth = jax.tree.leaves(state)[0].shape[0]
-    stop = depth if stop is None else stop
-    if not 0 <= taps <= stop - start <= stop <= depth:
-        raise ValueError(f"{taps} taps of layers [{start}, {stop}) of {depth}")
-
-    def apply(x, state, index, rate):
-        layer_key = None if key is None else jax.random.fold_in(key, index)
-        return call(nnx.merge(graphdef, state), x, layer_key, rate)
-
-    if remat != "all":
-        # Inside a scan nothing can be merged across iterations, so the barriers are not needed.
-        apply = jax.checkpoint(apply, policy=_REMAT[remat], prevent_cse=False)
-
-    def run(x, first, last, keep):
-        layers = (state, jnp.arange(depth), drop_path_rates)
-        layers = jax.tree.map(lambda a: a[first:last], layers)
-
-        def step(x, layer):
-            x = split_over_data(apply(x, *layer))
-            return x, x if keep else None
-
-        return lax.scan(step, x, layers)
-
-    if stop - taps > start:
-        x, _ = run(x, start, stop - taps, keep=False)
-    return run(x, stop - taps, stop, keep=True) if taps else (x, None)
 
 
 @jax.custom_vjp

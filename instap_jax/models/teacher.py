@@ -15,17 +15,8 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from instap_jax.models.attention_backends import pad_tokens
-from instap_jax.models.layers import (
-    Bias,
-    LayerNorm,
-    Linear,
-    PreNormBlock,
-    clamp,
-    layer,
-    quick_gelu,
-    scan_blocks,
-    stack,
-)
+from instap_jax.models.depth import layer, scan_blocks, stack
+from instap_jax.models.layers import Bias, LayerNorm, Linear, PreNormBlock, clamp, quick_gelu
 from instap_jax.models.placement import gathered
 from instap_jax.models.text import TextEncoder
 from instap_jax.models.vision import patchify
@@ -60,7 +51,7 @@ class ClipVision(nnx.Module):
     Args:
       config: the `teacher` section of the configuration.
       dtype: compute dtype.
-      remat: see `layers.scan_blocks`. backend: see `attention_backends`.
+      remat: see `depth.scan_blocks`. backend: see `attention_backends`.
     """
 
     def __init__(

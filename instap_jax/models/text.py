@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
+from instap_jax.models.depth import scan_blocks, stack
 from instap_jax.models.layers import (
     Attention,
     Bias,
@@ -28,8 +29,6 @@ from instap_jax.models.layers import (
     Mlp,
     dropout,
     exact_gelu,
-    scan_blocks,
-    stack,
 )
 from instap_jax.models.placement import gathered
 
@@ -67,7 +66,7 @@ class TextEncoder(nnx.Module):
       vision_width: e, the width of the visual tokens. None: a text-only tower, whose `depth`
         layers are all text layers, without fusion layers and masked-language head.
       dtype: compute dtype.
-      remat: see `layers.scan_blocks`. backend: see `attention_backends`.
+      remat: see `depth.scan_blocks`. backend: see `attention_backends`.
 
     Raises:
       ValueError: when the fusion layers leave no text layer, or there are none to build.

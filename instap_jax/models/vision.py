@@ -19,15 +19,8 @@ from ml_collections import ConfigDict
 
 from instap_jax.models import resize
 from instap_jax.models.attention_backends import pad_tokens
-from instap_jax.models.layers import (
-    Bias,
-    LayerNorm,
-    Linear,
-    PreNormBlock,
-    exact_gelu,
-    scan_blocks,
-    stack,
-)
+from instap_jax.models.depth import scan_blocks, stack
+from instap_jax.models.layers import Bias, LayerNorm, Linear, PreNormBlock, exact_gelu
 
 Array = jax.Array
 
@@ -54,7 +47,7 @@ class VisionEncoder(nnx.Module):
     Args:
       config: the `vision` section of the configuration.
       dtype: compute dtype.
-      remat: see `layers.scan_blocks`. backend: see `attention_backends`.
+      remat: see `depth.scan_blocks`. backend: see `attention_backends`.
     """
 
     def __init__(
