@@ -93,6 +93,16 @@ TABLES: dict[str, Table] = {
         ),
         reference="table5_instances",
     ),
+    "choices": Table(
+        title="The paper's choices, one at a time",
+        rows=_single_changes(
+            Row(label="no cross-attention", ablation="no_cross_attention"),
+            Row(label="still boxes", ablation="still_boxes"),
+            Row(label="shared temperature", ablation="shared_temperature"),
+            Row(label="caption sub-sampling", ablation="sentences"),
+            Row(label="lambda_inst 0.1", overrides={"align.instance": 0.1}),
+        ),
+    ),
     "ours": Table(
         title="Single changes to InstAP",
         rows=_single_changes(
