@@ -6,7 +6,8 @@ Command:  instap train --config=configs/stage2_l16.py --workdir=DIR \\
             --config.tokenizer.path=BERT_LARGE/vocab.txt \\
             --config.teacher.checkpoint=CLIP_DIR --config.checkpoint.init_from=STAGE1_DIR
           configs/stage2_l16.py:NAME is a baseline or ablation of docs/ablations.md.
-Hardware: paper 200 B200; here planned for 256 TPU chips, batch 32 a chip.
+Hardware: paper 200 B200; here planned for 256 TPU chips, batch 32 a chip
+          (v5e: 16, docs/scale.md).
 Expected: recall at 1, text to video / video to text, on InstVL-1K (img) 50.25 / 49.26 of instances
           and 99.20 / 99.10 of samples, on InstVL-1K (video) 60.63 / 58.49 and 94.50 / 95.50
           (paper, Table 1); zero-shot text to video MSR-VTT 41.1, DiDeMo 54.0, MSVD 49.2, LSMDC
