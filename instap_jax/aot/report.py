@@ -124,7 +124,7 @@ def _program_rows(one: StepFigures) -> list[tuple[str, str]]:
 def _host_row(one: StepFigures) -> str:
     out, back = one.host["out"], one.host["in"]
     said = (
-        f"{_gib(one.host['memory'])} GiB of its memory a chip, {out / 1e9:.2f} GB to it and "
+        f"{_gib(one.host['memory'])} GiB of the host's memory a chip, {out / 1e9:.2f} GB to it and "
         f"{back / 1e9:.2f} GB from it a step"
     )
     speed = one.host_speed
