@@ -14,7 +14,7 @@ from tiny import tiny_config
 from instap_jax.aot import kernels
 from instap_jax.errors import UserError
 from instap_jax.models import attention_backends as backends
-from instap_jax.models import layers, placement
+from instap_jax.models import depth, layers, placement
 from instap_jax.models.teacher import ClipVision
 from instap_jax.models.vision import VisionEncoder
 
@@ -81,7 +81,7 @@ def test_the_kernel_in_bfloat16_is_as_close_as_rounding():
 
 @pytest.mark.parametrize(("remat", "times"), [("none", 2), ("attention", 1)])
 def test_rematerialisation_may_keep_what_the_kernel_put_out(remat, times):
-    @functools.partial(jax.checkpoint, policy=layers._REMAT[remat])
+    @functools.partial(jax.checkpoint, policy=depth._REMAT[remat])
     def block(x):
         return jnp.sin(by_kernel(x, x, x, mask=None)).sum()
 

@@ -145,7 +145,9 @@ def test_need_mixes_image_and_video_steps_as_configured(small_set):
 class _Broken:
     """A program whose step gives a loss that is not finite."""
 
-    def step(self, state, frozen, batch):
+    seed = 0
+
+    def step(self, state, frozen, batch, seed):
         return state, {"loss": jax.numpy.float32("nan"), "grad_norm": jax.numpy.float32(1)}
 
 

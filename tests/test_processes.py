@@ -141,7 +141,9 @@ def test_one_process_writes_and_speaks(whole):
     }
     first, second = (whole.with_suffix(f".{n}.log").read_text() for n in (0, 1))
     assert f"steps 1 to {TARGET}" in first and "train teacher" in first
-    said = [line for line in second.splitlines() if "Gloo" not in line]
+    # Gloo's threads write into each other's lines.
+    gloo = ("Gloo", "peer ranks")
+    said = [line for line in second.splitlines() if not any(word in line for word in gloo)]
     assert len(said) == 1 and said[0].startswith("process 1 of 2"), second
 
 
