@@ -83,7 +83,7 @@ class StepFigures:
     @property
     def host_speed(self) -> float | None:
         """Bytes a second, each way, that hide the host's traffic behind all of the computation."""
-        moved = max(self.host.get("out", 0), self.host.get("in", 0))
+        moved = max(self.host["out"], self.host["in"])
         return moved / self.compute_time if self.cycles else None
 
     @property
@@ -125,7 +125,8 @@ def _fingerprint(step: LoweredStep, where: topology.Topology) -> str:
 
 def _measure(step: LoweredStep, where: topology.Topology) -> StepFigures:
     start = time.perf_counter()
-    facts = {"fits": True, "host": {}, "collectives": [], "cycles": 0, "hottest": [], "kernels": []}
+    facts = {"fits": True, "collectives": [], "cycles": 0, "hottest": [], "kernels": []}
+    facts["host"] = {"memory": 0, "out": 0, "in": 0}
     # We count on its directory for the report of buffers, and for a text of last resort.
     with tempfile.TemporaryDirectory(prefix="instap-compile-") as dump:
         options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}

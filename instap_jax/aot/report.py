@@ -142,7 +142,7 @@ def advice(config: ConfigDict, one: StepFigures) -> str:
             "the largest buffer has the rows of all chips: an activation lost its placement "
             "(constrain it with sharding.constrain_batch)"
         )
-    if _has_scores(one) and config.compute.get("attention", "xla") == "xla":
+    if _has_scores(one) and config.compute.attention == "xla":
         changes.append("compute.attention=pallas (scores of all token pairs are the largest)")
     if config.compute.remat not in ("none", "offload"):
         changes.append("compute.remat=none, or offload")

@@ -26,7 +26,7 @@ from instap_jax.train.feed import kind_of_step
 from instap_jax.train.initialise import load_frozen
 from instap_jax.train.optimizer import make_optimizer
 from instap_jax.train.program import Program, build_program
-from instap_jax.train.step import make_gradient
+from instap_jax.train.step import make_gradient, step_key
 from instap_jax.types import Batch, Kind
 
 SHOWN = 8  # samples and arrays that are named
@@ -111,7 +111,7 @@ def _programs(config: ConfigDict, program: Program, step: int) -> tuple[Callable
 
     @jax.jit
     def compute(frozen, params, batch):
-        key = jax.random.fold_in(jax.random.key(program.seed), step - 1)
+        key = step_key(program.seed, step - 1)
         loss, terms, grads = gradient(params, frozen, batch, key)
         return terms | {"loss": loss, "grad_norm": optax.tree.norm(grads)}, grads
 

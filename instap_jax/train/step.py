@@ -44,8 +44,7 @@ def make_train_step(
     allowed = refusals_allowed(config)
 
     def step(state: TrainState, frozen: nnx.State, batch: Batch, seed: jax.Array):
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        loss, terms, grads = gradient(state.params, frozen, batch, key)
+        loss, terms, grads = gradient(state.params, frozen, batch, step_key(seed, state.step))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = terms | {
@@ -70,6 +69,11 @@ def make_train_step(
         return state, metrics
 
     return step
+
+
+def step_key(seed: jax.Array, done: jax.Array | int) -> jax.Array:
+    """What all randomness of a step comes from, `done` steps after the start of the run."""
+    return jax.random.fold_in(jax.random.key(seed), done)
 
 
 def refusals_allowed(config: ConfigDict) -> int:
@@ -102,7 +106,7 @@ def make_gradient(
 ) -> Callable[[nnx.State, nnx.State, Batch, jax.Array], tuple[jax.Array, Metrics, nnx.State]]:
     """Returns `gradient(params, frozen, batch, key) -> (loss, terms, gradient)` of a step.
 
-    `key` is fold_in(seed, steps done before).
+    `key` is that of `step_key`.
     """
     accumulate = config.optimizer.accumulate
 
