@@ -1,5 +1,7 @@
 """The step as a function: devices, accumulation, randomness, optimizer, FLOPs."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -216,6 +218,16 @@ def test_all_seeds_are_one_program():
             args = (program.abstract, frozen, batch, program.seed)
             texts.append(program.step.lower(*args).as_text())
     assert texts[0] == texts[1]
+
+
+def test_what_a_step_draws_follows_the_seed():
+    runner = Runner(tiny_config("stage1"), 1)
+    batch = batch_for(tiny_config("stage1"))
+    losses = []
+    for seed in (0, 0, 1):  # the same parameters: those of seed 0
+        runner.program = dataclasses.replace(runner.program, seed=np.uint32(seed))
+        losses.append(runner.run(batch)[1][0]["loss"])
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_flops_of_scans_and_remat_are_exact():
