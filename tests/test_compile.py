@@ -19,6 +19,7 @@ from instap_jax.aot import compiling, hlo, kernels, lowering, topology
 from instap_jax.errors import UserError
 from instap_jax.models import depth
 from instap_jax.models.layers import Bias, PreNormBlock, exact_gelu
+from instap_jax.train.feed import abstract_batch
 from instap_jax.train.flops import peak_flops
 from instap_jax.train.state import with_sharding
 from instap_jax.types import Kind
@@ -227,7 +228,7 @@ def step() -> lowering.LoweredStep:
 def test_bytes_of_arguments_by_class(step):
     config = tiny_config("stage1")
     mesh = step.mesh
-    batch = lowering.abstract_batch(config, mesh, Kind.VIDEO)
+    batch = abstract_batch(config, mesh, Kind.VIDEO)
     assert batch["frames"].shape == (4, 2, config.data.frames, 24, 32, 3)
     whole = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(batch))
     assert step.argument_bytes["batch"] == whole // 4

@@ -12,8 +12,12 @@ import pytest
 from tiny import tiny_config
 
 from instap_jax import main, sharding
+from instap_jax.models import depth
 from instap_jax.preflight import host, inputs, rows, run, trial
 from instap_jax.preflight.rows import Row, Status
+from instap_jax.train.feed import abstract_batch
+from instap_jax.train.program import build_program, offloaded_bytes
+from instap_jax.types import Kind
 
 
 def small_config(small_set, **changes):
@@ -189,6 +193,33 @@ def test_too_little_disk_and_memory(tmp_path):
     assert host.disk(tmp_path, 1 << 60).status is Status.FAIL
     assert host.memory(1 << 60).status is Status.FAIL
     assert host.disk(tmp_path, 1).status is host.memory(1).status is Status.PASS
+
+
+def test_what_the_chips_keep_in_the_hosts_memory_counts(small_set, tmp_path, monkeypatch):
+    monkeypatch.setattr(depth, "OFFLOADED_FROM", 1)
+    config = small_config(small_set, **{"compute.remat": "offload"})
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        program = build_program(config, mesh)
+        kept = offloaded_bytes(program, abstract_batch(config, mesh, Kind.VIDEO))
+    assert kept  # of eight devices, all of them this host's
+    asked = []
+
+    def memory(*args):
+        asked.append(args)
+        return rows.failed("host memory", "enough of it", "end here")
+
+    monkeypatch.setattr(host, "memory", memory)
+    run.run(config, tmp_path / "run", need=0.001)
+    assert asked[0][1] == kept
+
+
+def test_a_host_short_of_memory_is_told_what_to_do(monkeypatch):
+    monkeypatch.setattr(host, "_free_memory", lambda: 10 << 30)
+    assert host.memory(6 << 30, 3 << 30).status is Status.PASS
+    row = host.memory(6 << 30, 5 << 30)
+    assert row.status is Status.FAIL and "5.4 of it by the chips" in row.found
+    assert "compute.remat" in row.remedy and "compute.remat" not in host.memory(11 << 30).remedy
 
 
 def test_coordinator():

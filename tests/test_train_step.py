@@ -1,6 +1,7 @@
 """The step as a function: devices, accumulation, randomness, optimizer, FLOPs."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,11 @@ from runner import Runner, assert_close, batch_for
 from tiny import tiny_config
 
 from instap_jax import sharding
-from instap_jax.aot.lowering import abstract_batch
 from instap_jax.errors import UserError
+from instap_jax.models import depth
 from instap_jax.train import flops, optimizer
-from instap_jax.train.feed import batch_shape, kind_of_step
-from instap_jax.train.program import build_program
+from instap_jax.train.feed import abstract_batch, batch_shape, kind_of_step
+from instap_jax.train.program import build_program, offloaded_bytes
 from instap_jax.types import Kind
 
 
@@ -218,6 +219,30 @@ def test_all_seeds_are_one_program():
             args = (program.abstract, frozen, batch, program.seed)
             texts.append(program.step.lower(*args).as_text())
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_bytes_that_a_step_keeps_in_the_hosts_memory(monkeypatch, accumulate):
+    changes = {"compute.remat": "offload", "optimizer.accumulate": accumulate}
+    config = tiny_config("stage1", **changes)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:2])
+
+    def found() -> int:
+        with jax.set_mesh(mesh):
+            program = build_program(config, mesh)
+            return offloaded_bytes(program, abstract_batch(config, mesh, Kind.VIDEO))
+
+    assert found() == 0  # activations of a tiny model stay where they are
+    monkeypatch.setattr(depth, "OFFLOADED_FROM", 1)
+    samples, tokens = config.data.batch_size // accumulate, visible_tokens(config)
+    layers = config.vision.depth
+    assert found() == layers * samples * tokens * config.vision.width * 4
+
+
+def visible_tokens(config) -> int:
+    side = config.vision.image_size // config.vision.patch
+    a_frame = side**2 - math.ceil(config.distill.mask_ratio * side**2)
+    return config.data.frames * a_frame
 
 
 def test_what_a_step_draws_follows_the_seed():

@@ -12,9 +12,8 @@ from ml_collections import ConfigDict
 
 from instap_jax import sharding
 from instap_jax.aot import topology as tpu
-from instap_jax.data.groups import GroupBuilder, Use
 from instap_jax.train import flops
-from instap_jax.train.feed import batch_shape
+from instap_jax.train.feed import abstract_batch
 from instap_jax.train.program import Program, build_program
 from instap_jax.types import Kind
 
@@ -73,30 +72,6 @@ def lower(config: ConfigDict, topology: tpu.Topology, kind: Kind) -> LoweredStep
             executed_flops=_flops(config, mesh, batch, config.compute.remat),
             seconds=time.perf_counter() - start,
         )
-
-
-def abstract_batch(config: ConfigDict, mesh: Mesh, kind: Kind) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and placement of the global batch of one step (`types.Batch`)."""
-    groups, group_size = batch_shape(config, mesh)
-    builder = GroupBuilder(
-        sources=[],
-        tokenizer=None,
-        use=Use.TRAIN,
-        group_size=group_size,
-        frames=config.data.frames if kind is Kind.VIDEO else 1,
-        sampling=config.data.sampling,
-        canvas=tuple(config.data.canvas),
-        length=config.tokenizer.length,
-        budget=math.ceil(group_size * config.data.instances_per_sample),
-        caption_sampling=config.data.caption_sampling,
-        classes=tuple(config.classify.classes),
-        seed=config.seed,
-    )
-    where = sharding.batch_sharding(mesh)
-    return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-        for name, (shape, dtype) in builder.shapes(groups).items()
-    }
 
 
 def _flops(config: ConfigDict, mesh: Mesh, batch, remat: str) -> int:

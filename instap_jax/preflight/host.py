@@ -176,15 +176,20 @@ def disk(workdir: Path, need: int) -> Row:
     return failed("disk", found, "free some, or lower config.checkpoint.keep")
 
 
-def memory(need: int) -> Row:
-    """Free memory of this host against an estimate, bytes."""
+def memory(need: int, offloaded: int = 0) -> Row:
+    """Free memory of this host against an estimate, bytes; `offloaded`: what the chips keep in it
+    with `compute.remat='offload'`, beside the rest."""
     free = _free_memory()
+    total = f"{(need + offloaded) / _GIGA:.1f} GB"
     if free is None:
-        return warned("host memory", "cannot be read here", f"see that {need / _GIGA:.1f} GB are")
-    found = f"{free / _GIGA:.1f} GB free, about {need / _GIGA:.1f} GB needed"
-    if free >= need:
+        return warned("host memory", "cannot be read here", f"see that {total} are free")
+    found, fix = f"{free / _GIGA:.1f} GB free, about {total} needed", ""
+    if offloaded:
+        found += f", {offloaded / _GIGA:.1f} of it by the chips"
+        fix = "config.compute.remat='none' with config.compute.crop_frames=128 instead; or "
+    if free >= need + offloaded:
         return passed("host memory", found)
-    return failed("host memory", found, "lower config.data.workers or config.data.prefetch")
+    return failed("host memory", found, fix + "lower config.data.workers or config.data.prefetch")
 
 
 def compile_cache(directory: str | None) -> Row:

@@ -22,8 +22,10 @@ from instap_jax.preflight.rows import (
     passed,
     skipped,
 )
+from instap_jax.train.feed import abstract_batch
 from instap_jax.train.profiling import use_compile_cache
-from instap_jax.train.program import Program, build_program
+from instap_jax.train.program import Program, build_program, offloaded_bytes
+from instap_jax.types import Kind
 
 _PROCESS_BYTES = 2 << 30  # of Python, JAX and the compiler, without arrays
 _TRIALS = ("parameters", "batches", "step", "chip memory", "input")
@@ -112,6 +114,11 @@ def _machine_and_inputs(
             use_compile_cache(config, workdir, made["mesh"])
         return row
 
+    def offloaded() -> int:
+        if "program" not in made or config.compute.remat != "offload":
+            return 0
+        return _offloaded_bytes(config, made["mesh"], made["program"])
+
     placed = attempt("mesh", mesh)
     state = _bytes(made["program"].abstract) if "program" in made else 0
     share = state // jax.process_count()
@@ -122,7 +129,7 @@ def _machine_and_inputs(
         "workdir": start,
         "storage": lambda: host.storage(workdir, share),
         "disk": lambda: host.disk(workdir, state * (config.checkpoint.keep + 1)),
-        "host memory": lambda: host.memory(_host_bytes(config, share)),
+        "host memory": lambda: host.memory(_host_bytes(config, share), offloaded()),
         "compile cache": cache,
         "data": lambda: inputs.corpora(config),
         "tokenizer": lambda: inputs.tokenizer(config),
@@ -187,3 +194,15 @@ def _host_bytes(config: ConfigDict, share: int) -> int:
     batch = data.batch_size // jax.process_count() * frames * height * width * 3
     batches = max(data.workers, 1) * (data.prefetch + 1) + data.device_prefetch + 1
     return batch * batches + share + _PROCESS_BYTES
+
+
+def _offloaded_bytes(config: ConfigDict, mesh: Mesh, program: Program) -> int:
+    """What the steps of this host's devices keep in its memory; the larger of the two kinds."""
+    corpora = {Kind.VIDEO: config.data.videos, Kind.IMAGE: config.data.images}
+    with jax.set_mesh(mesh):
+        each = [
+            offloaded_bytes(program, abstract_batch(config, mesh, kind))
+            for kind, text in corpora.items()
+            if text
+        ]
+    return max(each, default=0) * jax.local_device_count() // sharding.data_shards(mesh)

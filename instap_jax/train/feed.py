@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from instap_jax import sharding
+from instap_jax.data.groups import GroupBuilder, Use
 from instap_jax.data.pipeline import FaultMonitor, make_loader
 from instap_jax.errors import UserError
 from instap_jax.types import Batch, Kind
@@ -52,6 +53,30 @@ def batch_shape(config: ConfigDict, mesh: Mesh) -> tuple[int, int]:
             f"choose a multiple of {parts * group}"
         )
     return size // group, group
+
+
+def abstract_batch(config: ConfigDict, mesh: Mesh, kind: Kind) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and placement of the global batch of one step (`types.Batch`)."""
+    groups, group_size = batch_shape(config, mesh)
+    builder = GroupBuilder(
+        sources=[],
+        tokenizer=None,
+        use=Use.TRAIN,
+        group_size=group_size,
+        frames=config.data.frames if kind is Kind.VIDEO else 1,
+        sampling=config.data.sampling,
+        canvas=tuple(config.data.canvas),
+        length=config.tokenizer.length,
+        budget=math.ceil(group_size * config.data.instances_per_sample),
+        caption_sampling=config.data.caption_sampling,
+        classes=tuple(config.classify.classes),
+        seed=config.seed,
+    )
+    where = sharding.batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+        for name, (shape, dtype) in builder.shapes(groups).items()
+    }
 
 
 def kind_of_step(config: ConfigDict, step: int) -> Kind:

@@ -64,20 +64,9 @@ def _count_equation(equation: core.JaxprEqn) -> int:
         return 2 * equation.outvars[0].aval.size * math.prod(kernel) // out_features
     if name == "cond":
         return max(_count(branch.jaxpr) for branch in params["branches"])
-    inner = sum(_count(sub) for sub in _sub_jaxprs(params))
+    inner = sum(_count(sub) for sub in core.jaxprs_in_params(params))
     if name == "scan":
         return inner * params["length"]
     if name == "shard_map":
         return inner * params["mesh"].size
     return inner
-
-
-def _sub_jaxprs(params) -> list[core.Jaxpr]:
-    found = []
-    for value in params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, core.ClosedJaxpr):
-                found.append(item.jaxpr)
-            elif isinstance(item, core.Jaxpr):
-                found.append(item)
-    return found

@@ -1,11 +1,12 @@
 """A stage made ready to run or to compile, without computing or reading anything."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.extend import core
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -85,3 +86,29 @@ def build_program(config: ConfigDict, mesh: Mesh) -> Program:
         init=lambda: init_state(create, tx, abstract, seed),
         seed=seed,
     )
+
+
+def offloaded_bytes(program: Program, batch: Mapping[str, jax.ShapeDtypeStruct]) -> int:
+    """Bytes of the host's memory that a step takes, of all devices together: what
+    `compute.remat='offload'` keeps there from the forward to the backward pass.
+
+    Args:
+      batch: of `feed.abstract_batch`. The step is traced, not compiled.
+    """
+    args = (program.abstract, program.frozen_abstract, batch, program.seed)
+    return _in_host_memory(program.step.trace(*args).jaxpr.jaxpr)
+
+
+def _in_host_memory(jaxpr: core.Jaxpr) -> int:
+    """Bytes that loops over layers stack there; of an accumulated step that is one part's."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            outputs = (variable.aval for variable in equation.outvars)
+            total += sum(
+                aval.size * aval.dtype.itemsize
+                for aval in outputs
+                if aval.memory_space == jax.memory.Space.Host
+            )
+        total += sum(map(_in_host_memory, core.jaxprs_in_params(equation.params)))
+    return total
