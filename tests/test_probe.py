@@ -1,11 +1,16 @@
 """Probes against brute force, and on features whose answer is known."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from instap_jax.data.suite import Facts, InstanceFacts
 from instap_jax.errors import UserError
-from instap_jax.evaluation import probe
+from instap_jax.evaluation import probe, probe_task
+from instap_jax.evaluation.features import SuiteFeatures
 from instap_jax.evaluation.probe import knn_accuracy, linear_probe, wilson
+from instap_jax.evaluation.probe_task import measure_probes
 
 
 def clusters(seed, count, *, classes=4, width=12, spread=0.6, centres_seed=7):
@@ -139,3 +144,59 @@ def test_faults_of_the_input():
         knn_accuracy(x, y, x, y)
     with pytest.raises(ValueError, match="labels"):
         linear_probe(x, y[:4], x, y)
+
+
+def suite_of(name, count, *, seed, aligned=True):
+    """Instances whose embedding tells their size and side; tokens under the boxes tell nothing."""
+    rng = np.random.default_rng(seed)
+    sizes, sides = rng.choice(["small", "large"], count), rng.choice(["left_of", "above"], count)
+    instances = tuple(
+        InstanceFacts(
+            id=str(i),
+            category="ring",
+            captions=("a ring",),
+            attributes={
+                "size": str(size),
+                "position": "top",
+                "position_when": "always" if i % 2 else "start",
+                "facts": [["larger", "a ring", "1"], [str(side), "a ring", "1"], ["below", "", ""]],
+            },
+        )
+        for i, (size, side) in enumerate(zip(sizes, sides))
+    )
+    telling = np.where(np.stack([sizes == "small", sides == "above"], axis=1), 1, -1)
+    return SuiteFeatures(
+        name=name,
+        frames=1,
+        facts=[Facts(id="0", captions=(), instances=instances)],
+        video=np.ones((1, 2)),
+        text=np.ones((1, 2)),
+        entity=rng.normal(size=(count, 4)),
+        parent=np.zeros(count, np.int64),
+        instance=telling + 0.1 * rng.random((count, 2)) if aligned else None,
+    )
+
+
+def test_aligned_models_are_probed_at_their_instance_embeddings_too():
+    encoder = SimpleNamespace(weights="aligned", step=3)
+    suite, fit = suite_of("a", 200, seed=0), suite_of("b", 300, seed=1)
+    found = {
+        (m.protocol.unit, m.protocol.scoring): m.metrics
+        for m in measure_probes(encoder, suite, fit)
+    }
+    assert len(found) == 4
+    for (unit, _), metrics in found.items():
+        # 'position' holds all the time for half of them, which are all at the top.
+        assert metrics.keys() == {"size", "side"}
+        for one in metrics.values():
+            told = unit == "instance attributes"
+            assert one.accuracy > 99 if told else 35 < one.accuracy < 65
+    with_tokens_alone = measure_probes(encoder, suite_of("a", 200, seed=0, aligned=False), fit)
+    assert {m.protocol.unit for m in with_tokens_alone} == {"entity attributes"}
+
+
+def test_a_position_counts_where_it_holds_all_the_time():
+    always = {"position": "top", "position_when": "always"}
+    assert probe_task._label(always, "position") == "top"
+    assert probe_task._label(always | {"position_when": "end"}, "position") is None
+    assert probe_task._label({}, "side") is None

@@ -1,10 +1,13 @@
 """Task 'probe': attributes of single entities, read off frozen features."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from instap_jax.data.pipeline import parse_corpora
+from instap_jax.data.synthetic.facts import SIDES
 from instap_jax.errors import UserError
 from instap_jax.evaluation.context import Context, Suite
 from instap_jax.evaluation.encoder import Encoder
@@ -13,8 +16,11 @@ from instap_jax.evaluation.probe import ProbeResult, knn_accuracy, linear_probe
 from instap_jax.evaluation.results import Measurement, Protocol
 from instap_jax.types import Kind
 
-# Attributes of the embedded set that one frame or trajectory shows; a label may be absent.
-PROBED = ("shape", "colour", "texture", "size", "path", "direction", "speed", "inplace")
+# Attributes of the embedded set; a label may be absent.
+PROBED = (
+    "shape", "colour", "texture", "size", "path", "direction", "speed", "inplace", "position",
+    "side",
+)  # fmt: skip
 
 NEIGHBOURS = 20
 
@@ -39,43 +45,76 @@ def measure(context: Context) -> list[Measurement]:
 def measure_probes(encoder: Encoder, suite: SuiteFeatures, fit: SuiteFeatures) -> list[Measurement]:
     """Attributes of the entities of `suite`, read off their features by probes fitted on `fit`.
 
+    The features are the scene's tokens under an entity's boxes; of aligned models also, by itself,
+    the instance's embedding, which has looked at the scene.
+
     Raises:
       UserError: when the annotations carry no `attributes`.
     """
-    probes: dict[str, Callable[..., ProbeResult]] = {
-        f"{NEIGHBOURS}-NN": lambda *data: knn_accuracy(*data, k=NEIGHBOURS),
-        "ridge": linear_probe,
-    }
-    names = [name for name in PROBED if _known(fit, name)[1] and _known(suite, name)[1]]
+    names = [name for name in PROBED if _known(fit, name)[0] and _known(suite, name)[0]]
     if not names:
         raise UserError(f"{suite.name} and {fit.name}: their instances have no 'attributes'")
+    read = [("entity attributes", "mean of the last layer's tokens under the box", "entity")]
+    if suite.instance is not None:
+        read.append(("instance attributes", "embeddings of the instances", "instance"))
     measurements = []
-    for scoring, probe in probes.items():
-        metrics = {}
-        for name in names:
-            data = (*_known(fit, name), *_known(suite, name))
-            # Nothing to learn from one class; nothing to name where no test class was seen.
-            if len(set(data[1])) > 1 and set(data[1]) & set(data[3]):
-                metrics[name] = probe(*data)
-        measurements.append(
-            Measurement(
-                protocol=Protocol(
-                    suite=suite.name,
-                    unit="entity attributes",
-                    scoring=scoring,
-                    frames=suite.frames,
-                    weights=encoder.weights,
-                    step=encoder.step,
-                    notes=f"mean of the last layer's tokens under the box; fitted on {fit.name}",
-                ),
-                metrics=metrics,
-                counts={"entities": len(suite.entity), "fitted on": len(fit.entity)},
+    for unit, what, name in read:
+        for scoring, probe in _PROBES.items():
+            protocol = Protocol(
+                suite=suite.name,
+                unit=unit,
+                scoring=scoring,
+                frames=suite.frames,
+                weights=encoder.weights,
+                step=encoder.step,
+                notes=f"{what}; fitted on {fit.name}",
             )
-        )
+            features = getattr(fit, name), getattr(suite, name)
+            measurements.append(
+                Measurement(
+                    protocol=protocol,
+                    metrics=_accuracies(probe, names, (fit, suite), features),
+                    counts={"entities": len(suite.entity), "fitted on": len(fit.entity)},
+                )
+            )
     return measurements
 
 
-def _known(suite: SuiteFeatures, name: str) -> tuple[np.ndarray, list[str]]:
-    """Features and labels of the entities that have this attribute."""
-    rows = [i for i, label in enumerate(suite.labels) if label.get(name) is not None]
-    return suite.entity[rows], [str(suite.labels[i][name]) for i in rows]
+_PROBES: dict[str, Callable[..., ProbeResult]] = {
+    f"{NEIGHBOURS}-NN": functools.partial(knn_accuracy, k=NEIGHBOURS),
+    "ridge": linear_probe,
+}
+
+
+def _accuracies(
+    probe: Callable[..., ProbeResult],
+    names: Sequence[str],
+    suites: tuple[SuiteFeatures, SuiteFeatures],
+    features: tuple[np.ndarray, np.ndarray],
+) -> dict[str, ProbeResult]:
+    """By attribute; the suites and their features are those fitted on, then those tested."""
+    found = {}
+    for name in names:
+        (fit_rows, fit_labels), (rows, labels) = (_known(suite, name) for suite in suites)
+        # Nothing to learn from one class; nothing to name where no test class was seen.
+        if len(set(fit_labels)) > 1 and set(fit_labels) & set(labels):
+            found[name] = probe(features[0][fit_rows], fit_labels, features[1][rows], labels)
+    return found
+
+
+def _known(suite: SuiteFeatures, name: str) -> tuple[list[int], list[str]]:
+    """Rows and labels of the entities that have this attribute."""
+    labels = {row: _label(attributes, name) for row, attributes in enumerate(suite.labels)}
+    known = {row: str(label) for row, label in labels.items() if label is not None}
+    return list(known), list(known.values())
+
+
+def _label(attributes: dict[str, Any], name: str) -> Any:
+    """An attribute; 'position' where it holds all the time, 'side': of the first other entity that
+    the caption says it is beside, above or below of."""
+    if name == "side":
+        kinds = (kind for kind, *_ in attributes.get("facts", ()))
+        return next((kind for kind in kinds if kind in SIDES), None)
+    if name == "position" and attributes.get("position_when") != "always":
+        return None
+    return attributes.get(name)
