@@ -35,17 +35,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(scope="session")
 def small_set(tmp_path_factory) -> Path:
     """A directory with a few packed samples of the embedded set and a tokenizer."""
-    from instap_jax import main
+    from embedded import make_embedded
 
-    root = tmp_path_factory.mktemp("small")
-    annotations = f"--annotations={root}/set/annotations.jsonl"
-    commands = (
-        ("synth", f"--out={root}/set", "--train_videos=8", "--train_images=8", "--suite_size=8",
-         "--val_size=12", "--width=64", "--height=48", "--frames=8", "--processes=1"),
-        ("pack", annotations, f"--media={root}/set/media", f"--out={root}/packed",
-         "--short_side=24", "--processes=1"),
-        ("tokenizer", annotations, f"--out={root}/tokenizer.model", "--vocab_size=320"),
+    return make_embedded(
+        tmp_path_factory.mktemp("small"), "--train_videos=8", "--train_images=8", "--suite_size=8",
+        "--val_size=12", "--width=64", "--height=48", "--frames=8", "--processes=1",
     )  # fmt: skip
-    for command in commands:
-        assert main.main(command) == 0
-    return root

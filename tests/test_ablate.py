@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from embedded import make_embedded
 from tiny import load_config
 
 from instap_jax import config_check, main
@@ -101,16 +102,10 @@ def test_a_row_comes_on_top_of_what_is_given_for_all_rows():
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("packed")
-    assert main.main([
-        "synth", f"--out={root}/set", "--train_videos=16", "--train_images=16",
+    return make_embedded(
+        tmp_path_factory.mktemp("packed"), "--train_videos=16", "--train_images=16",
         "--suite_size=8", "--val_size=8",
-    ]) == 0  # fmt: skip
-    annotations = f"--annotations={root}/set/annotations.jsonl"
-    media = f"--media={root}/set/media"
-    pack = ["pack", annotations, media, f"--out={root}/packed", "--short_side=24", "--processes=1"]
-    assert main.main(pack) == 0
-    return root
+    )  # fmt: skip
 
 
 class Desk:

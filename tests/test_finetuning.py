@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from embedded import make_embedded
 from tiny import tiny_config
 
 from instap_jax import config_check, main
@@ -26,17 +27,10 @@ def instap(*args: str) -> None:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """A directory with the embedded set, packed, and a tokenizer."""
-    root = tmp_path_factory.mktemp("made")
-    instap(
-        "synth", f"--out={root}/set", "--train_videos=16", "--train_images=8",
-        "--suite_size=8", "--val_size=8", "--width=64", "--height=48", "--frames=8",
-        "--processes=1",
+    return make_embedded(
+        tmp_path_factory.mktemp("made"), "--train_videos=16", "--train_images=8", "--suite_size=8",
+        "--val_size=8", "--width=64", "--height=48", "--frames=8", "--processes=1",
     )  # fmt: skip
-    annotations = f"--annotations={root}/set/annotations.jsonl"
-    instap("pack", annotations, f"--media={root}/set/media", f"--out={root}/packed",
-           "--short_side=24", "--processes=1")  # fmt: skip
-    instap("tokenizer", annotations, f"--out={root}/tokenizer.model", "--vocab_size=320")
-    return root
 
 
 def config_of(made: Path, part: str, **changes):

@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from embedded import make_embedded
 from flax import nnx
 from pack_data import annotations, image_line, make_media
 from PIL import Image
@@ -25,13 +26,8 @@ def instap(*args):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A directory with a packed suite of each kind, one without instances, and a tokenizer."""
-    root = tmp_path_factory.mktemp("made")
-    instap("synth", f"--out={root}/set", "--train_videos=8", "--train_images=8", "--suite_size=9",
-           "--val_size=8")  # fmt: skip
-    lines = f"--annotations={root}/set/annotations.jsonl"
-    instap("pack", lines, f"--media={root}/set/media", f"--out={root}/packed", "--short_side=24",
-           "--processes=1")  # fmt: skip
-    instap("tokenizer", lines, f"--out={root}/tokenizer.model", "--vocab_size=320")
+    sizes = ("--train_videos=8", "--train_images=8", "--suite_size=9", "--val_size=8")
+    root = make_embedded(tmp_path_factory.mktemp("made"), *sizes)
     (root / "media").mkdir()
     make_media(root / "media")
     bare = annotations(root / "bare.jsonl", [image_line("a", split="bare", instances=[])])
