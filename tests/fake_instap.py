@@ -1,8 +1,8 @@
 """`instap train` and `instap evaluate` as fast as their flags are read: what a study runs in tests.
 
 Flags, configuration and files are the real ones; nothing is learned. `$FAKE_LOG` gets a line for
-every call; `$FAKE_FAIL` names a workdir whose training fails, `$FAKE_WAIT` one that is at work
-until it is stopped.
+every call, `$FAKE_LOG.tunables` its GLIBC_TUNABLES; `$FAKE_FAIL` names a workdir whose training
+fails, `$FAKE_WAIT` one that is at work until it is stopped.
 """
 
 import json
@@ -70,6 +70,7 @@ def log(verb: str, workdir: Path) -> None:
     place = "/".join(workdir.parts[-2:])
     with open(os.environ["FAKE_LOG"], "a") as file:
         file.write(f"{verb} {place} {cores}\n")
+    Path(os.environ["FAKE_LOG"] + ".tunables").write_text(os.environ.get("GLIBC_TUNABLES", ""))
 
 
 if __name__ == "__main__":

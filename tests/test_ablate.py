@@ -285,14 +285,22 @@ def test_two_jobs_have_a_share_of_the_cores_each(desk):
     assert len(cores) == 2 and not cores[0] & cores[1]
 
 
+@pytest.mark.parametrize("given", [None, "glibc.malloc.arena_max=1"])
+def test_runs_allocate_in_huge_pages_unless_told_otherwise(desk, monkeypatch, given):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if given:
+        monkeypatch.setenv("GLIBC_TUNABLES", given)
+    assert desk("table4", "--seeds=0") == 0
+    found = desk.log.with_suffix(".tunables").read_text()
+    assert found == (given or "glibc.malloc.hugetlb=1")
+
+
 # --- for real -----------------------------------------------------------------------------------
 
 
 def test_a_run_of_two_steps_for_real(packed, tmp_path, monkeypatch):
     """The commands as they are, in their own processes."""
-    annotations = f"--annotations={packed}/set/annotations.jsonl"
     tokenizer = f"{packed}/tokenizer.model"
-    assert main.main(["tokenizer", annotations, f"--out={tokenizer}", "--vocab_size=320"]) == 0
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     one = Table(title="one", rows=(Row(label="g", ablation="umt_g"),), reference="umt_g")
     monkeypatch.setitem(TABLES, "one", one)
