@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jax.experimental import pallas
+from jax.experimental.pallas import tpu
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from tiny import tiny_config
@@ -207,6 +208,28 @@ def test_kernels_are_found_counted_and_bounded():
     at_peak = 2 * 512**3 / 197e12 * where.chip.clock
     assert at_peak < call.cycles < 4 * at_peak
     assert kernels.measure(jax.make_jaxpr(jnp.dot)(array, array).jaxpr, where) == []
+
+
+@pytest.mark.parametrize(("chip", "share"), [("v5p:1x1x1", 2), ("v5e:1x1", 1)])
+def test_a_parallel_axis_is_shared_by_the_cores_of_a_chip(chip, share):
+    def kernel(x, out):
+        y = x[...]
+        for _ in range(20):  # the memory must not be what is waited for
+            y = jnp.tanh(y)
+        out[...] = y
+
+    def cycles(semantics: str) -> int:
+        block = pallas.BlockSpec((256, 256), lambda i: (i, 0))
+        array = jax.ShapeDtypeStruct((2048, 256), jnp.float32)
+        params = tpu.CompilerParams(dimension_semantics=(semantics,))
+        call = pallas.pallas_call(
+            kernel, out_shape=array, grid=(8,), in_specs=[block], out_specs=block,
+            compiler_params=params,
+        )  # fmt: skip
+        (call,) = kernels.measure(jax.make_jaxpr(call)(array).jaxpr, topology.parse(chip))
+        return call.cycles
+
+    assert cycles("arbitrary") == pytest.approx(share * cycles("parallel"), rel=0.1)
 
 
 def test_a_kernel_that_only_copies_takes_as_long_as_the_memory():

@@ -8,12 +8,14 @@ own:
 
     LIBTPU_INIT_ARGS=... python -m instap_jax.aot.kernels TOPOLOGY DIR
 
-reads DIR/*.export (`jax.export`) and writes the dump below DIR. The bundles count what is only done
-at some places for every place, and no splitting over the two cores of a v4 or v5p; that the memory
-waits at the first block, or is asked for the same block again, is not counted.
+reads DIR/*.export (`jax.export`) and writes the dump below DIR. On a v4 or v5p the compiler splits
+the first parallel axis of a grid over the chip's two cores: its dump names the places that one core
+visits. The bundles count what is only done at some places for every place; that the memory waits at
+the first block, or is asked for the same block again, is not counted.
 """
 
 import dataclasses
+import glob
 import math
 import os
 import re
@@ -22,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from jax.extend import core
@@ -57,13 +60,20 @@ def measure(jaxpr: core.Jaxpr, where: topology.Topology) -> list[KernelCall]:
         calls.setdefault(key, [equation, 0])[1] += times
     if not calls:
         return []
-    bundles = _bundles([equation for equation, _ in calls.values()], where)
+    schedules = _schedules([equation for equation, _ in calls.values()], where)
     found = []
-    for ((name, shapes, grid), (equation, times)), count in zip(calls.items(), bundles):
+    for ((name, shapes, grid), (equation, times)), schedule in zip(calls.items(), schedules):
         moving = _bytes(equation) / where.chip.hbm_speed * where.chip.clock
-        cycles = max(count * math.prod(grid), int(moving))
+        cycles = max(schedule.bundles * schedule.places, int(moving))
         found.append(KernelCall(name=name, shapes=shapes, grid=grid, times=times, cycles=cycles))
     return found
+
+
+class _Schedule(NamedTuple):
+    """Of one core: bundles of a kernel, and how many places of the grid it visits."""
+
+    bundles: int
+    places: int
 
 
 def _bytes(equation: core.JaxprEqn) -> int:
@@ -82,8 +92,8 @@ def _find(jaxpr: core.Jaxpr, times: int) -> Iterator[tuple[core.JaxprEqn, int]]:
             yield from _find(inner, count)
 
 
-def _bundles(equations: list[core.JaxprEqn], where: topology.Topology) -> list[int]:
-    """Bundles of each kernel, by a process of its own."""
+def _schedules(equations: list[core.JaxprEqn], where: topology.Topology) -> list[_Schedule]:
+    """Of each kernel, by a process of its own."""
     with tempfile.TemporaryDirectory(prefix="instap-kernels-") as directory:
         root = Path(directory)
         for number, equation in enumerate(equations):
@@ -94,7 +104,8 @@ def _bundles(equations: list[core.JaxprEqn], where: topology.Topology) -> list[i
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"compiling the kernels failed:\n{done.stderr[-2000:]}")
-        return [int(line) for line in done.stdout.split()]
+        lines = (line.split() for line in done.stdout.splitlines())
+        return [_Schedule(int(bundles), int(places)) for bundles, places in lines]
 
 
 def _exported(equation: core.JaxprEqn) -> bytes:
@@ -106,7 +117,7 @@ def _exported(equation: core.JaxprEqn) -> bytes:
 
 
 def main(name: str, directory: str) -> None:
-    """Compiles every exported kernel of a directory and prints its number of bundles, one a line.
+    """Compiles every exported kernel of a directory; prints bundles and places of each, one a line.
 
     The dump's file of the kernel is the one with the most bundles: the others are small copies.
     """
@@ -121,11 +132,20 @@ def main(name: str, directory: str) -> None:
             jitted.trace(*args).lower(lowering_platforms=("tpu",)).compile()
         files = set(root.glob("dump/*schedule-analysis_final_bundles.txt")) - seen
         seen |= files
-        print(max(_count(file.read_text()) for file in files), flush=True)
+        largest = max(files, key=lambda file: _count(file.read_text()))
+        program = re.sub(r"-\d+-schedule-analysis_final_bundles.txt$", "", largest.name)
+        (original,) = root.glob(f"dump/{glob.escape(program)}-*-original.txt")
+        print(_count(largest.read_text()), _places(original.read_text()), flush=True)
 
 
 def _count(text: str) -> int:
     return int(re.search(r"total scheduled bundles: *(\d+)", text)[1])
+
+
+def _places(text: str) -> int:
+    """From the windows of the arguments, which all go over the same places."""
+    (bounds,) = set(re.findall(r"^iteration_bounds: \((.*)\)$", text, re.MULTILINE))
+    return math.prod(int(bound) for bound in bounds.split(",") if bound.strip())
 
 
 if __name__ == "__main__":
