@@ -1,4 +1,4 @@
-"""Kinetics-400 from a stage-1 or stage-2 run: a linear head and full fine-tuning (PAPER 3).
+"""Kinetics-400 from a stage-1 or stage-2 run: a linear head and full fine-tuning.
 
 Command:  instap train --config=configs/classify_l16.py:CLASSES_FILE --workdir=DIR \\
             --config.data.videos=K400:train --config.checkpoint.init_from=STAGE1_DIR

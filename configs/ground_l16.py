@@ -1,4 +1,4 @@
-"""Grounding (PAPER 5, Table 3): sentences of instances to boxes, from a stage-2 run.
+"""Grounding (the paper's Table 3): sentences of instances to boxes, from a stage-2 run.
 
 Command:  instap train --config=configs/ground_l16.py --workdir=DIR \\
             --config.data.videos=INSTVL:train --config.data.images=INSTVL:train \\

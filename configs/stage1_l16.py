@@ -1,4 +1,4 @@
-"""Stage 1 of the paper: masked video distillation of ViT-L/16 from CLIP ViT-L/14 (PAPER 3).
+"""Stage 1 of the paper: masked video distillation of ViT-L/16 from CLIP ViT-L/14.
 
 Command:  instap train --config=configs/stage1_l16.py --workdir=DIR \\
             --config.data.videos=K710:train=0.6,HDVILA:train=0.45,WEBVID:train=0.45 \\

@@ -1,4 +1,4 @@
-"""Stage 2 of the paper: instance-aware alignment of ViT-L/16 and BERT-large (PAPER 4).
+"""Stage 2 of the paper: instance-aware alignment of ViT-L/16 and BERT-large.
 
 Command:  instap train --config=configs/stage2_l16.py --workdir=DIR \\
             --config.data.videos=INSTVL:train=0.05,WEBVID:train=5 \\

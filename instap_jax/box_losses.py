@@ -39,7 +39,7 @@ def box_loss(
     present: Bool[Array, "n t"],
     valid: Bool[Array, " n"],
 ) -> BoxLoss:
-    """The loss of grounding (PAPER 5: L1 + GIoU), as DETR defines both parts (arXiv 2005.12872).
+    """The loss of grounding (the paper: L1 + GIoU), as DETR defines both parts (arXiv 2005.12872).
 
     Instances that are not valid, frames without the instance, and instances present nowhere have
     no part in it, may hold any value and get a zero gradient. Without any the loss is 0.

@@ -14,9 +14,9 @@ def default() -> ConfigDict:
     """Returns the complete default configuration, at the paper's stage-1 numbers where it has any.
 
     The field `stage` selects the objective: 'teacher' (a small CLIP, for when no CLIP weights are
-    at hand), 'distill' (PAPER stage 1: masked video distillation), 'align' (PAPER stage 2:
+    at hand), 'distill' (stage 1: masked video distillation), 'align' (stage 2:
     instance-aware alignment, and its baselines); and to fine-tune what these have
-    learned, 'ground' (a sentence to its boxes, PAPER 5) and 'classify' (a clip to its label).
+    learned, 'ground' (a sentence to its boxes) and 'classify' (a clip to its label).
     """
     c = ConfigDict()
     c.stage = "distill"
@@ -62,7 +62,7 @@ def _data() -> ConfigDict:
     # larger is scaled down to fit, keeping its aspect.
     c.canvas = (256, 456)
     c.instances_per_sample = 4  # instance budget: n = ceil(b * this)
-    # Caption sub-sampling (PAPER 2): 'epoch': one sentence of each caption, the next one each
+    # Caption sub-sampling: 'epoch': one sentence of each caption, the next one each
     # epoch. 'first': off (Table 5): every epoch the caption from its start, cut to the text length.
     c.caption_sampling = "epoch"
     c.workers = 4  # processes per host that read and decode; 0: in the main process
@@ -94,7 +94,7 @@ def _tokenizer() -> ConfigDict:
 
 
 def _vision() -> ConfigDict:
-    """The student: ViT-L/16, no class token, joint space-time attention, tubelet 1 (PAPER 3)."""
+    """The student: ViT-L/16, no class token, joint space-time attention, tubelet 1."""
     c = ConfigDict()
     c.width = 1024
     c.depth = 24
@@ -113,7 +113,7 @@ def _vision() -> ConfigDict:
 
 
 def _teacher() -> ConfigDict:
-    """The frozen teacher: CLIP ViT-L/14 at 196 px (PAPER 3)."""
+    """The frozen teacher: CLIP ViT-L/14 at 196 px."""
     c = ConfigDict()
     # A workdir of a 'teacher' run, or what `instap convert --from=clip` wrote.
     c.checkpoint = placeholder(str)
@@ -128,7 +128,7 @@ def _teacher() -> ConfigDict:
 
 
 def _text() -> ConfigDict:
-    """BERT-large (PAPER 4)."""
+    """BERT-large."""
     c = ConfigDict()
     # What `instap convert --from=bert` wrote: where stage 'align' takes the text encoder from when
     # its workdir has no checkpoint yet.
@@ -147,7 +147,7 @@ def _text() -> ConfigDict:
 
 
 def _distill() -> ConfigDict:
-    """Loss (1) and the attention-guided mask (PAPER 3 and 6)."""
+    """Loss (1) and the attention-guided mask."""
     c = ConfigDict()
     c.layers = 6  # distilled layers: 6 (UMT) or 1 (the paper's single h)
     c.mask_ratio = 0.8  # rho: ceil(rho * L) tokens are masked
@@ -172,7 +172,7 @@ def _contrastive() -> ConfigDict:
 
 
 def _align() -> ConfigDict:
-    """Equations (2)-(13) (PAPER 4 and 6). Stage 'align' also reads `distill` (layers and the mask's
+    """Equations (2)-(13). Stage 'align' also reads `distill` (layers and the mask's
     score and choice) and `contrastive`."""
     c = ConfigDict()
     # Weights of the terms in (11)-(13). A term of weight 0 is not computed.
@@ -203,7 +203,7 @@ def _align() -> ConfigDict:
     c.cross_attention_depth = 1  # blocks
     c.cross_attention_heads = 16
     # Beyond the paper, each by itself. Crop tokens carry before (5): the scene's position code at
-    # their patch centre and frame (PAPER 6); learned codes of their box's size in the view, and of
+    # their patch centre and frame; learned codes of their box's size in the view, and of
     # how far it has moved since the instance appeared.
     c.scene_anchor = False
     c.size_code = False
@@ -218,7 +218,7 @@ def _align() -> ConfigDict:
 
 
 def _ground() -> ConfigDict:
-    """Box regression (PAPER 5: L1 + GIoU). The paper names no weights: these are DETR's."""
+    """Box regression (L1 + GIoU). The paper names no weights: these are DETR's."""
     c = ConfigDict()
     c.l1 = 5.0
     c.giou = 2.0

@@ -21,7 +21,7 @@ _LOG_ZERO = -1e3
 
 
 def visible_count(tokens: int, ratio: float, *, frames: int = 1) -> int:
-    """Number of tokens that stay visible: ceil(ratio * l) are masked (PAPER 3), at least 1 stays.
+    """Number of tokens that stay visible: ceil(ratio * l) are masked, at least 1 stays.
 
     Args:
       tokens: l, the tokens of the whole clip.

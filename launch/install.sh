@@ -1,7 +1,7 @@
 # Sourced by the other scripts: enters the repository's own virtual environment, made on first use.
 #
 #   EXTRAS  extras of setup.cfg to install, such as "[test]" (default: none)
-#   PYTHON  interpreter to make the environment with (default: python3), 3.11 or newer
+#   PYTHON  interpreter to make the environment with (default: python3), 3.11 to 3.13
 #   VENV    where it is (default: .venv)
 #
 # The exact versions are those of constraints.txt, the set that the tests pass with. Nothing is
@@ -10,8 +10,8 @@
 PYTHON="${PYTHON:-python3}"
 VENV="${VENV:-.venv}"
 
-if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-  echo "instap_jax needs Python 3.11 or newer; set PYTHON=/path/to/python3.11" >&2
+if ! "$PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
+  echo "instap_jax needs Python 3.11 to 3.13; set PYTHON=/path/to/python3.11" >&2
   exit 2
 fi
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"

@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def workdir_of(verb: list[str]) -> Path:
-    """The value of --workdir in the verb's flags; the working directory where it has none."""
+    """The value of --workdir in the verb's flags; `pod` where it has none."""
     for index, arg in enumerate(verb):
         name, equals, value = arg.partition("=")
         if name in ("--workdir", "-workdir"):

@@ -1,7 +1,7 @@
 """Trains on the GPUs of a Slurm cluster: one process a GPU.
 
-    python launch/slurm.py --nodes=4 --gpus=8 [--partition=P] [--time=24:00:00] [--wait] -- \\
-      train --config=... --workdir=/shared/run
+    python launch/slurm.py --nodes=4 --gpus=8 [--sbatch-flag=--partition=P] [--time=24:00:00] \\
+      [--wait] -- train --config=... --workdir=/shared/run
 
 Installs into the repository's .venv, which the nodes must see, and submits a batch script. In it
 `supervise.py` starts `srun instap VERB` again when it fails. 120 s before the time limit Slurm

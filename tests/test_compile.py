@@ -65,7 +65,7 @@ def test_missing_compiler_is_one_line_with_the_command(monkeypatch):
         raise topology.importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(topology.importlib.metadata, "version", version)
-    with pytest.raises(UserError, match=r"^[^\n]*pip install 'instap_jax\[compile\]'[^\n]*$"):
+    with pytest.raises(UserError, match=r"^[^\n]*pip install -e '\.\[compile\]'[^\n]*$"):
         topology.devices(topology.parse("v5e:2x2"))
 
 

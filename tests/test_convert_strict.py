@@ -154,7 +154,7 @@ def test_torch_is_needed_for_its_own_files_only(state, tmp_path, monkeypatch):
     path = foreign.save(state, tmp_path / "clip.pt")
     plain = foreign.save(state, tmp_path / "clip.safetensors")
     monkeypatch.setitem(sys.modules, "torch", None)
-    refused(path, "needs torch: pip install 'instap_jax[torch]'")
+    refused(path, "needs torch: pip install -e '.[torch]'")
     np.testing.assert_array_equal(reading.open_weights(plain).read(KERNEL), state[KERNEL])
 
 

@@ -337,7 +337,6 @@ def test_gke_jobset(capsys):
     assert {"--once", "--limit=3", "--worker=$(SLICE)-$(HOST)"} <= set(command[:at])
     assert "--workdir=/shared/my run" in command[:at]
     assert pod_spec["volumes"][0]["persistentVolumeClaim"]["claimName"] == "c"
-    assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
 
 
 def test_gke_restarts_all_slices_but_not_after_a_final_exit_code(capsys):

@@ -40,7 +40,7 @@ def test_every_verb_has_help(verb, capsys):
     assert "--" in capsys.readouterr().out
 
 
-# What each part of the package may import from the rest; the direction of DESIGN section 4.
+# What each part of the package may import from the rest.
 LEAVES = {"types", "errors", "progress", "aside"}
 ALLOWED = {
     "types": set(),

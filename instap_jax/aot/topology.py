@@ -173,7 +173,7 @@ def compiler_version() -> str:
     except importlib.metadata.PackageNotFoundError as error:
         raise UserError(
             "the TPU compiler is not installed; install it, no TPU is needed: "
-            "pip install 'instap_jax[compile]' (or pip install libtpu flatbuffers)"
+            "pip install -e '.[compile]' (or pip install libtpu flatbuffers)"
         ) from error
 
 

@@ -41,7 +41,10 @@ def define_flags(values: flags.FlagValues) -> None:
         "processes", 0, "Worker processes; 0: one per core.", lower_bound=0, flag_values=values
     )
     flags.DEFINE_integer(
-        "shard_size", None, "Samples of a shard; default: about 100 MB.", flag_values=values
+        "shard_size",
+        None,
+        "Samples of a shard; default: 256 clips or 4,096 images.",
+        flag_values=values,
     )
     flags.DEFINE_float(
         "max_reject_rate",

@@ -1,5 +1,5 @@
 """`instap select --runs=A,B --videos=DIR:val --config=configs/classify_l16.py:FILE --workdir=DIR`:
-the stage-1 run of the lowest validation loss, fine-tuned and measured (PAPER 3)."""
+the stage-1 run of the lowest validation loss, fine-tuned and measured."""
 
 from pathlib import Path
 

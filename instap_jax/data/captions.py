@@ -1,4 +1,4 @@
-"""Caption sub-sampling: sentences of a caption, and which of them an epoch uses (PAPER 2).
+"""Caption sub-sampling: sentences of a caption, and which of them an epoch uses.
 
 Captions come from people, web pages and language models, in several languages, so the splitter
 relies on punctuation and a short list of abbreviations, and on no model.
@@ -63,7 +63,7 @@ def split_sentences(text: str) -> list[str]:
 def sentence_for_epoch(captions: Sequence[str], epoch: int) -> str:
     """Returns the one sentence of the caption(s) that `epoch` uses; '' where there is none.
 
-    "Caption sub-sampling" (PAPER 2): one sentence each epoch, cycling, so that n epochs in a row
+    The paper's "caption sub-sampling": one sentence each epoch, cycling, so that n epochs in a row
     show each of the n sentences exactly once. Each caption starts the cycle at a place of its own,
     given by its text: captions are written to a pattern (the look first, then what it does), and
     were all to turn to their second sentence with the epoch, training would lose what it learned

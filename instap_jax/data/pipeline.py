@@ -54,7 +54,7 @@ def parse_corpora(text: str) -> tuple[Corpus, ...]:
 
 
 def _parse_corpus(part: str, text: str) -> Corpus:
-    # The last colon: DIR may be an address such as gs://bucket/dir.
+    # The last colon: DIR may have others.
     match = re.fullmatch(r"(?P<dir>.+):(?P<split>[A-Za-z0-9_-]+)(?:=(?P<weight>[^=]*))?", part)
     if match is None:
         raise UserError(f"corpus {part!r} of {text!r} does not look like DIR:SPLIT or DIR:SPLIT=2")

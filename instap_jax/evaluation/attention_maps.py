@@ -1,6 +1,6 @@
 """Where in a scene a model finds what an instance's sentence says: gradient-weighted maps.
 
-PAPER.md section 5 names 'gradient-weighted activation maps with rank-based Gaussian filtering' and
+The paper names 'gradient-weighted activation maps with rank-based Gaussian filtering' and
 no more. Two maps are built here, both of the whole scene, unmasked, for one sentence:
 
 * `similarity_maps` (any run of stage 'align'): Grad-CAM (Selvaraju et al., ICCV 2017) on the

@@ -1,4 +1,4 @@
-"""Task 'classification': top-1 and top-5 accuracy of labels (PAPER 3: Kinetics-400).
+"""Task 'classification': top-1 and top-5 accuracy of labels (the paper: Kinetics-400).
 
 A sample is seen in `--clips` x `--crops` views, whose class probabilities are averaged, as UMT's
 engine_for_finetuning.py does. Clips: the frames of T * clips equal segments, dealt out in turn, so

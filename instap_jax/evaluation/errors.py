@@ -1,4 +1,4 @@
-"""Wrong instance retrievals, sorted by rules (PAPER.md section 5).
+"""Wrong instance retrievals, sorted by rules (the paper's error analysis).
 
 The paper names three classes of its 1,500 wrong retrievals and their shares, not its rules. Ours
 are below: ordered, so that every error falls into exactly one class, and made of what the

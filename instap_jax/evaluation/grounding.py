@@ -1,4 +1,4 @@
-"""Task 'grounding': boxes of sentences, IoU@50/70/90 (PAPER 5, Table 3).
+"""Task 'grounding': boxes of sentences, IoU@50/70/90 (the paper's Table 3).
 
 The IoU of an image is that of its box. The IoU of a trajectory is the mean over the frames in which
 the instance is present: of its present frames among the T that the model was shown. IoU@k is the

@@ -58,7 +58,7 @@ class RetrievalProtocol:
 
 
 def _video(name: str, captions: Captions, samples: tuple[int, ...], texts: tuple[int, ...]):
-    """A public benchmark at the paper's 16 frames (PAPER 4; UMT fine-tunes and tests at 12)."""
+    """A public benchmark at the paper's 16 frames (UMT fine-tunes and tests at 12)."""
     return RetrievalProtocol(
         name=name, captions=captions, samples=samples, texts=texts, kind=Kind.VIDEO, frames=16
     )

@@ -70,7 +70,7 @@ class Positives:
 
 
 def metrics_of_ranks(t2v: np.ndarray, v2t: np.ndarray, positives: Positives) -> dict:
-    """Text-to-video and video-to-text recall and ranks (PAPER.md section 5).
+    """Text-to-video and video-to-text recall and ranks (the paper's Tables 1 and 2).
 
     Args:
       t2v: int [q], rank of every text's best correct video, 1 is best; anything where it has none.

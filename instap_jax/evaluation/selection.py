@@ -1,4 +1,4 @@
-"""Which stage-1 run to go on with: the lowest distillation loss on a validation split (PAPER 3).
+"""Which stage-1 run to go on with: the lowest distillation loss on a validation split.
 
 Computed here, on one split for all candidates, with the same views and masks for all, and without
 stochastic depth: the losses in the training logs are of different data, noisy, and of a student

@@ -198,7 +198,7 @@ def _torch(path: Path):
         import torch
     except ImportError as error:
         raise UserError(
-            f"{path}: reading {path.suffix} files needs torch: pip install 'instap_jax[torch]', or "
+            f"{path}: reading {path.suffix} files needs torch: pip install -e '.[torch]', or "
             "save the weights as .safetensors"
         ) from error
     return torch

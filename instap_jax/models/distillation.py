@@ -1,4 +1,4 @@
-"""Stage 1's student: the vision encoder and the heads that speak the teacher's language (PAPER 3).
+"""Stage 1's student: the vision encoder and the heads that speak the teacher's language.
 
 Each of the student's last K layers, after the encoder's final LayerNorm, gets the position code
 added, then its own Linear (width -> the teacher's projection) and LayerNorm (UMT: Linear_Decoder).

@@ -22,7 +22,7 @@ _classifier_init = jax.nn.initializers.truncated_normal(0.02 * 0.001)
 
 
 class BoxHead(nnx.Module):
-    """The 3-layer MLP of PAPER 5: two hidden layers of the input's width, ReLU between (DETR)."""
+    """A 3-layer MLP for boxes: two hidden layers of the input's width, ReLU between (DETR)."""
 
     def __init__(self, width: int, *, dtype: Any, rngs: nnx.Rngs):
         self.first = Linear(width, width, axes=("embed", "mlp"), dtype=dtype, rngs=rngs)

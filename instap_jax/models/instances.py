@@ -1,4 +1,4 @@
-"""Instances of stage 2: crops cut on the device, and their look at the whole scene (PAPER 4).
+"""Instances of stage 2: crops cut on the device, and their look at the whole scene.
 
 An instance's boxes are cut out of frames that are already on the device, the same encoder f turns
 the crops into tokens C, and cross-attention to the scene's tokens V contextualises them.

@@ -1,4 +1,4 @@
-"""InstAP assembled (PAPER 4): UMT's modules, and the instance branch beside them. No losses.
+"""InstAP assembled: UMT's modules, and the instance branch beside them. No losses.
 
 UMT's weights map one to one (`multi_modality/models/umt.py`): `encoder` vision_encoder.encoder,
 `heads` vision_encoder.clip_decoder, `pool_norm` vision_encoder.pool_norm, `vision_projection`

@@ -1,4 +1,4 @@
-"""The student f: a ViT over all space-time patches of a clip, as UMT pre-trains it (PAPER 3).
+"""The student f: a ViT over all space-time patches of a clip, as UMT pre-trains it.
 
 No class token, joint space-time attention, one-frame tubelets, a fixed sine-cosine position table.
 Structure after UMT's modeling_pretrain_umt.py.

@@ -107,8 +107,7 @@ def _start_wandb(workdir: Path, config: ConfigDict):
         import wandb
     except ImportError as error:
         raise UserError(
-            "config.log.wandb_project is set but wandb is not installed; "
-            "pip install 'instap_jax[wandb]'"
+            "config.log.wandb_project is set but wandb is not installed; pip install -e '.[wandb]'"
         ) from error
     return wandb.init(
         project=config.log.wandb_project, dir=str(workdir), config=config.to_dict(), resume="allow"

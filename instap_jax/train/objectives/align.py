@@ -1,4 +1,4 @@
-"""Stage 'align': PAPER stage 2, the complete objective (11)-(13) and its ablations.
+"""Stage 'align': the paper's stage 2, the complete objective (11)-(13) and its ablations.
 
 The term names are those of `config.align` and of the metrics. A term of weight 0 is not computed,
 nor what only it needs: without `rec` and attention-guided masks no teacher runs, without an

@@ -10,6 +10,21 @@ from ml_collections import ConfigDict
 
 from instap_jax.types import Batch
 
+# What a stage-2 run has beside its encoder and its text encoder: fine-tuning has no use for these.
+ALIGNED_ONLY = (
+    "heads",
+    "pool_norm",
+    "vision_projection",
+    "text_projection",
+    "match_head",
+    "cross_attention",
+    "box_codes",
+    "temperature",
+    "instance_temperature",
+    "contrastive_bias",
+    "instance_contrastive_bias",
+)
+
 LossResult = tuple[jax.Array, dict[str, jax.Array]]
 
 

@@ -1,4 +1,4 @@
-"""Stage 'classify': the label of a clip, by full fine-tuning or by a linear probe (PAPER 3)."""
+"""Stage 'classify': the label of a clip, by full fine-tuning or by a linear probe."""
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from instap_jax import losses
 from instap_jax.models import preprocess
 from instap_jax.models.heads import Classifier
 from instap_jax.train.objectives.base import (
+    ALIGNED_ONLY,
     LossResult,
     Objective,
     compute_options,
@@ -36,23 +37,10 @@ def _loss(config, model: Classifier, frozen, batch: Batch, key) -> LossResult:
     return loss, {"accuracy": jnp.sum(right, dtype=jnp.float32) / count}
 
 
-_ALIGN_ONLY = (
-    "pool_norm",
-    "vision_projection",
-    "text",
-    "text_projection",
-    "match_head",
-    "cross_attention",
-    "temperature",
-    "instance_temperature",
-    "contrastive_bias",
-    "instance_contrastive_bias",
-)
-
 CLASSIFY = Objective(
     create=_create,
     create_frozen=nothing,
     starts_from={"distill": ("encoder",), "align": ("encoder",)},
-    leaves=("heads", *_ALIGN_ONLY),
+    leaves=("text", *ALIGNED_ONLY),
     loss=_loss,
 )

@@ -1,4 +1,4 @@
-"""Stage 'distill': PAPER stage 1, masked video distillation, loss (1)."""
+"""Stage 'distill': the paper's stage 1, masked video distillation, loss (1)."""
 
 import jax
 from flax import nnx

@@ -1,4 +1,4 @@
-"""Stage 'ground': an instance's sentence to its box in every frame (PAPER 5, Table 3)."""
+"""Stage 'ground': an instance's sentence to its box in every frame (the paper's Table 3)."""
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from instap_jax import box_losses
 from instap_jax.models import preprocess
 from instap_jax.models.heads import Grounder
 from instap_jax.train.objectives.base import (
+    ALIGNED_ONLY,
     LossResult,
     Objective,
     compute_options,
@@ -68,17 +69,6 @@ GROUND = Objective(
     create=_create,
     create_frozen=nothing,
     starts_from={"align": ("encoder", "text")},
-    leaves=(
-        "heads",
-        "pool_norm",
-        "vision_projection",
-        "text_projection",
-        "match_head",
-        "cross_attention",
-        "temperature",
-        "instance_temperature",
-        "contrastive_bias",
-        "instance_contrastive_bias",
-    ),
+    leaves=ALIGNED_ONLY,
     loss=_loss,
 )

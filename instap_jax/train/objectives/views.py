@@ -118,7 +118,7 @@ def _scores(
 def choose_visible(
     config: ConfigDict, key: jax.Array, scores: jax.Array, *, frames: int, ratio: float
 ) -> jax.Array:
-    """The visible set Omega, int32 [B, V], by scores [B, T * N] (PAPER 3).
+    """The visible set Omega, int32 [B, V], by scores [B, T * N].
 
     Frame by frame, as UMT does: every frame keeps the same number of tokens.
     """
