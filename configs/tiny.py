@@ -7,7 +7,7 @@ sentence of their caption: the teacher of stage 1, as CLIP weights are not at ha
 contrasts alone, (2) and (8), and under random masks: neither teacher nor fusion layers run.
 `configs/tiny.py:stage2,NAME` is a baseline or ablation of docs/ablations.md; `stage2,all_terms`
 trains the complete objective, at about twice the time a step; it needs
-`--config.teacher.checkpoint=TEACHER`, and for the teacher's masks `--config.distill.mask_score=cls`.
+`--config.teacher.checkpoint=TEACHER`, and the teacher's masks `--config.distill.mask_score=cls`.
 `configs/tiny.py:ground` and `configs/tiny.py:classify` fine-tune what stage 2 or stage 1 left, as
 `configs/ground_l16.py` and `configs/classify_l16.py` do; docs/finetuning.md has their commands.
 

@@ -4,10 +4,12 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from instap_jax.config_check import LoadedConfig
 from instap_jax.study import runner, runs, tables
 from instap_jax.study.statistics import T_QUANTILES, estimate, paired_difference
 from instap_jax.study.tables import TABLES, Row, Table
+from instap_jax.train.stop import StopRequest
 
 FAKE = Path(__file__).parent / "fake_instap.py"
 CONFIG = str(Path(__file__).parent.parent / "configs" / "tiny.py")
@@ -273,6 +276,28 @@ def test_equal_time_trains_what_is_cheap_for_longer(desk):
     assert "umt_g 0.175, instap 0.350" in table["notes"][0]
     assert desk("table4", "--seeds=0", "--equal=time") == 0
     assert desk.calls() == []
+
+
+def test_lines_of_validation_are_no_steps(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(
+            json.dumps({"step": step, "kind_video": 1.0, "step_seconds": 0.5}) + "\n"
+            + json.dumps({"step": step, "val_video/global/mean_recall": 3.0}) + "\n"
+            for step in range(1, 6)
+        )
+    )  # fmt: skip
+    run = SimpleNamespace(workdir=tmp_path)
+    assert runs.calibrated_seconds(run) == runs.step_seconds(run) == 0.5
+
+
+def test_a_second_signal_kills_what_runs(tmp_path):
+    stop = StopRequest()
+    pool = runner.Runner(jobs=1, logs=tmp_path, lock=0, stop=stop)
+    process = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    active = runner._Active(run=None, slot=0, phase="train", process=process, step=0)
+    pool._active.append(active)
+    stop.at_once()
+    assert process.wait(timeout=20) == -signal.SIGKILL
 
 
 def test_two_jobs_have_a_share_of_the_cores_each(desk):

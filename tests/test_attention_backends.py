@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AxisType, Mesh
 from tiny import tiny_config
 
@@ -244,6 +245,24 @@ def choose(
 )
 def test_auto_goes_by_the_platform_of_the_mesh_and_the_length(expected, case):
     assert choose("auto", **case) == expected
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_cudnn_takes_our_shapes_and_masks(monkeypatch, masked):
+    """Its checks of shapes run without a GPU; what it computes was not seen here."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda *_: 91000)
+    q = jax.ShapeDtypeStruct((2, 208, 128), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((2, 320, 128), jnp.bfloat16)
+    mask = jax.ShapeDtypeStruct((2, 320), bool) if masked else None
+
+    def gradients(q, k, v, mask):
+        def total(q, k, v):
+            y = backends.attend("cudnn", q, k, v, heads=2, mask=mask)
+            return y.astype(jnp.float32).sum()
+
+        return jax.grad(total, (0, 1, 2))(q, k, v)
+
+    assert jax.eval_shape(gradients, q, k, k, mask) == (q, k, k)
 
 
 def test_a_named_kernel_that_cannot_run_is_an_error():

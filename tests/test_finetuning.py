@@ -8,12 +8,14 @@ import jax
 import numpy as np
 import pytest
 from embedded import make_embedded
+from flax import nnx
 from tiny import tiny_config
 
 from instap_jax import config_check, main
 from instap_jax.errors import UserError
 from instap_jax.train import loop
 from instap_jax.train.metrics import read_metrics
+from instap_jax.train.objectives import OBJECTIVES
 from instap_jax.train.stop import StopRequest
 
 CLASSES = ("plain", "gradient", "noise", "stripes", "tiles", "grass", "sky")
@@ -196,3 +198,11 @@ def test_wrong_fine_tuning_configs_are_one_line(changes, message):
     with pytest.raises(UserError) as error:
         config_check.check(config)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("stage", ["ground", "classify"])
+def test_a_stage_that_is_tuned_has_a_place_for_all_of_stage_2(stage):
+    config = tiny_config("stage2,box_codes", **{"contrastive.loss": "sigmoid"})
+    model = nnx.eval_shape(lambda: OBJECTIVES["align"].create(config, nnx.Rngs(0)))
+    known = {*OBJECTIVES[stage].starts_from["align"], *OBJECTIVES[stage].leaves}
+    assert set(nnx.state(model, nnx.Param)) == known

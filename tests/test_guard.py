@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from tiny import tiny_config
 
+from instap_jax.errors import UserError
 from instap_jax.train import replay
 from instap_jax.train import step as step_module
 from instap_jax.train.guard import Guard
@@ -131,6 +132,17 @@ def test_guard_tells_stops_and_counts():
     assert guard.judge(Kind.VIDEO, scalars(2.0, 1)) is None
     last = guard.judge(Kind.VIDEO, scalars(float("inf"), 2))
     assert last.stop and "more than config.guard.max_skipped=1" in last.what
+
+
+def test_a_run_that_has_skipped_more_than_it_now_may_does_not_go_on():
+    """Its step would refuse every update, without a word."""
+    kept = {"refused": 3, "spikes": 0, "losses": {}}
+    with pytest.raises(UserError, match=r"skipped 3 updates .* config.guard.max_skipped=3 or more"):
+        Guard(tiny_config("stage1"), kept)
+    skipping = {"guard.non_finite": "skip", "guard.max_skipped": 2}
+    with pytest.raises(UserError, match="may now skip 2"):
+        Guard(tiny_config("stage1", **skipping), kept)
+    Guard(tiny_config("stage1", **skipping | {"guard.max_skipped": 3}), kept)
 
 
 def test_spike_alarm_follows_its_rule_across_a_restart():

@@ -222,6 +222,50 @@ def test_a_host_short_of_memory_is_told_what_to_do(monkeypatch):
     assert "compute.remat" in row.remedy and "compute.remat" not in host.memory(11 << 30).remedy
 
 
+def test_files_that_were_read_are_no_used_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(host, "_CGROUP", tmp_path)
+    free = host._free_memory()
+    for name, text in (
+        ("memory.max", "1000\n"), ("memory.current", "900\n"),
+        ("memory.stat", "anon 500\nactive_file 100\ninactive_file 250\n"),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(text)
+    assert host._free_memory() == 450 < free
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host._free_memory() > 450
+
+
+def test_a_run_that_goes_on_has_its_checkpoints_already(tmp_path):
+    config = tiny_config("stage1", **{"checkpoint.keep": 3})
+    assert run._checkpoints_to_come(config, tmp_path) == 4
+    for step in (2, 4, 6, 8):
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+        assert run._checkpoints_to_come(config, tmp_path) == max(4 - step // 2, 1)
+
+
+def test_a_checkpoint_that_only_some_hosts_see(tmp_path, monkeypatch):
+    (tmp_path / "here" / "checkpoints").mkdir(parents=True)
+    paths = [str(tmp_path / "nowhere"), str(tmp_path / "here")]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(inputs, "gather", lambda mine: [mine, [False, False]])
+    found = inputs._not_everywhere(paths)
+    assert found == f"{paths[1]} is there on host 0, not on host 1"
+    monkeypatch.setattr(inputs, "gather", lambda mine: [mine, mine])
+    assert inputs._not_everywhere(paths) == ""
+
+
+def test_labels_that_no_class_has_end_the_run_here(small_set):
+    changes = {"data.videos": f"{small_set}/packed:train", "classify.classes": ("dog", "cat")}
+    config = tiny_config("classify", **changes)
+    mesh = sharding.make_mesh(config.mesh)
+    for trying in (
+        lambda: trial.first_batches(config, mesh)[0],
+        lambda: trial.throughput(config, mesh, seconds=0.1, need=None),
+    ):
+        row = rows.attempt("batches", trying)
+        assert row.status is Status.FAIL and "config.classify.classes knows 2" in row.found
+
+
 def test_coordinator():
     with socket.socket() as listener:
         listener.bind(("", 0))

@@ -195,6 +195,18 @@ def test_aligned_models_are_probed_at_their_instance_embeddings_too():
     assert {m.protocol.unit for m in with_tokens_alone} == {"entity attributes"}
 
 
+def test_an_attribute_that_few_have_is_named_and_not_probed():
+    encoder = SimpleNamespace(weights="aligned", step=3)
+    suite, fit = suite_of("a", 120, seed=0), suite_of("b", 120, seed=1)
+    for instance in fit.instance_facts[:21]:
+        del instance.attributes["size"]
+    for measurement in measure_probes(encoder, suite, fit):
+        assert measurement.metrics.keys() == {"side"}
+        assert measurement.remarks == ["too few in b to fit on: size (99), position (60)"]
+    with pytest.raises(UserError, match="b: 99 entities are too few to fit probes on"):
+        measure_probes(encoder, suite, suite_of("b", 99, seed=1))
+
+
 def test_a_position_counts_where_it_holds_all_the_time():
     always = {"position": "top", "position_when": "always"}
     assert probe_task._label(always, "position") == "top"

@@ -18,15 +18,16 @@ from instap_jax.train.stop import Ask, StopRequest
 BUSY = """
 import hashlib
 from instap_jax.train.stop import StopRequest
-with StopRequest(hold={hold}):
+with StopRequest(hold={hold}) as stop:
+    {before}
     print("busy", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
 """
 
 
-def busy(*, hold: bool) -> subprocess.Popen:
+def busy(*, hold: bool, before: str = "") -> subprocess.Popen:
     process = subprocess.Popen(
-        [sys.executable, "-c", BUSY.format(hold=hold)], stdout=subprocess.PIPE,
+        [sys.executable, "-c", BUSY.format(hold=hold, before=before)], stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout.readline() == "busy\n"
@@ -118,3 +119,10 @@ def test_what_process_0_meets_is_raised():
     done = []
     distributed.first(lambda: done.append(1))
     assert done == [1]
+
+
+def test_what_must_end_first_is_ended_first():
+    process = busy(hold=False, before="stop.at_once = lambda: print('ended', flush=True)")
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=20)
+    assert printed == "ended\n" and process.returncode == EXIT_INTERRUPTED

@@ -23,6 +23,8 @@ PROBED = (
 )  # fmt: skip
 
 NEIGHBOURS = 20
+# Of an attribute, so that its neighbours are more than a draw from most of what there is.
+LEAST_EXAMPLES = 5 * NEIGHBOURS
 
 
 def measure(context: Context) -> list[Measurement]:
@@ -49,11 +51,16 @@ def measure_probes(encoder: Encoder, suite: SuiteFeatures, fit: SuiteFeatures) -
     the instance's embedding, which has looked at the scene.
 
     Raises:
-      UserError: when the annotations carry no `attributes`.
+      UserError: when the annotations carry no `attributes`, or too few to fit any probe on.
     """
-    names = [name for name in PROBED if _known(fit, name)[0] and _known(suite, name)[0]]
-    if not names:
+    known = {name: len(_known(fit, name)[0]) for name in PROBED if _known(suite, name)[0]}
+    names = [name for name, count in known.items() if count >= LEAST_EXAMPLES]
+    if not any(known.values()):
         raise UserError(f"{suite.name} and {fit.name}: their instances have no 'attributes'")
+    if not names:
+        most = max(known.values())
+        raise UserError(f"{fit.name}: {most} entities are too few to fit probes on")
+    few = [f"{name} ({count})" for name, count in known.items() if 0 < count < LEAST_EXAMPLES]
     read = [("entity attributes", "mean of the last layer's tokens under the box", "entity")]
     if suite.instance is not None:
         read.append(("instance attributes", "embeddings of the instances", "instance"))
@@ -75,6 +82,7 @@ def measure_probes(encoder: Encoder, suite: SuiteFeatures, fit: SuiteFeatures) -
                     protocol=protocol,
                     metrics=_accuracies(probe, names, (fit, suite), features),
                     counts={"entities": len(suite.entity), "fitted on": len(fit.entity)},
+                    remarks=[f"too few in {fit.name} to fit on: {', '.join(few)}"] if few else [],
                 )
             )
     return measurements

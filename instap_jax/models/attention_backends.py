@@ -167,7 +167,8 @@ def _block(queries: int, keys: int) -> int:
 
 
 def _cudnn(q: Array, k: Array, v: Array, mask: Array | None, *, channels: int) -> Array:
-    mask = None if mask is None else mask[:, None, None, :]
+    if mask is not None:  # of every query: cuDNN takes no mask that is broadcast over them
+        mask = jnp.broadcast_to(mask[:, None, None], (q.shape[0], 1, q.shape[1], k.shape[1]))
     q, k, v = (x.reshape(*x.shape[:-1], -1, channels) for x in (q, k, v))
     y = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
     return y.reshape(*y.shape[:-2], -1)

@@ -211,6 +211,9 @@ def compile_cache(directory: str | None) -> Row:
     return passed(name, f"{directory} can be written to")
 
 
+_CGROUP = Path("/sys/fs/cgroup")  # of the container
+
+
 def _existing(path: Path) -> Path:
     """The path, or of its parents the nearest that exists: nothing is made to be tried."""
     while not path.exists():
@@ -226,8 +229,10 @@ def _free_memory() -> int | None:
     except (OSError, StopIteration):
         return None
     try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
-        pass  # no limit
-    return free
+        return free  # no limit
+    cache = int(stat.get("active_file", 0)) + int(stat.get("inactive_file", 0))
+    return min(free, limit - used + cache)  # files that were read are let go for us

@@ -1,8 +1,10 @@
 """Checks of what a run reads: data sets, tokenizer, teacher, initial parameters."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -10,7 +12,7 @@ from instap_jax.config import needs_teacher
 from instap_jax.data.pipeline import Corpus, open_tokenizer, parse_corpora
 from instap_jax.data.records import open_source
 from instap_jax.errors import UserError
-from instap_jax.preflight.rows import Row, failed, passed, warned
+from instap_jax.preflight.rows import Row, failed, gather, passed, warned
 from instap_jax.train import checkpoint
 from instap_jax.types import Kind
 
@@ -76,6 +78,8 @@ def checkpoints(config: ConfigDict, workdir: Path) -> Row:
         ),
         "config.text.checkpoint": (config.text.checkpoint, "newest", False),
     }
+    if where := _not_everywhere([path for path, *_ in sources.values() if path]):
+        return failed("checkpoints", where, "put it on storage that all hosts see")
     found = []
     for key, (path, which, needed) in sources.items():
         if not path and needed:
@@ -86,3 +90,17 @@ def checkpoints(config: ConfigDict, workdir: Path) -> Row:
     if (workdir / "config.json").exists() and (workdir / checkpoint.DIRECTORY).exists():
         found.append("the workdir holds a run, which will go on")
     return passed("checkpoints", "; ".join(found) or "none needed")
+
+
+def _not_everywhere(paths: Sequence[str]) -> str:
+    """Names a run that some hosts see and others do not; '' where all see the same.
+
+    Hosts read a checkpoint together: one that is alone with it would wait for the others.
+    """
+    if jax.process_count() == 1:
+        return ""
+    everyone = gather([(epath.Path(path) / checkpoint.DIRECTORY).exists() for path in paths])
+    for path, seen in zip(paths, zip(*everyone)):
+        if len(set(seen)) > 1:
+            return f"{path} is there on host {seen.index(True)}, not on host {seen.index(False)}"
+    return ""

@@ -22,6 +22,7 @@ from instap_jax.preflight.rows import (
     passed,
     skipped,
 )
+from instap_jax.train import checkpoint
 from instap_jax.train.feed import abstract_batch
 from instap_jax.train.profiling import use_compile_cache
 from instap_jax.train.program import Program, build_program, offloaded_bytes
@@ -128,7 +129,7 @@ def _machine_and_inputs(
         "mesh": lambda: placed,
         "workdir": start,
         "storage": lambda: host.storage(workdir, share),
-        "disk": lambda: host.disk(workdir, state * (config.checkpoint.keep + 1)),
+        "disk": lambda: host.disk(workdir, state * _checkpoints_to_come(config, workdir)),
         "host memory": lambda: host.memory(_host_bytes(config, share), offloaded()),
         "compile cache": cache,
         "data": lambda: inputs.corpora(config),
@@ -180,6 +181,12 @@ def _facts(config: ConfigDict) -> dict[str, str]:
 
 def _bytes(tree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _checkpoints_to_come(config: ConfigDict, workdir: Path) -> int:
+    """How many must find room at a time, beside those of a run that goes on."""
+    there = len(list((workdir / checkpoint.DIRECTORY).glob("[0-9]*")))
+    return config.checkpoint.keep + 1 - min(there, config.checkpoint.keep)
 
 
 def _host_bytes(config: ConfigDict, share: int) -> int:

@@ -62,6 +62,8 @@ def first_batches(config: ConfigDict, mesh: Mesh) -> tuple[Row, dict[Kind, Fed]]
         while set(batches) < kinds:
             fed = next(feed)
             batches.setdefault(fed.kind, fed)
+        if feed.fault:
+            raise feed.fault
         faults = feed.fault_counts()
     found = ", ".join(f"{kind}: {fed.samples} samples" for kind, fed in sorted(batches.items()))
     if faults:
@@ -139,6 +141,8 @@ def throughput(config: ConfigDict, mesh: Mesh, *, seconds: float, need: float | 
             count += next(feed).samples
             batches += 1
         rate = count / (time.perf_counter() - start)
+        if feed.fault:
+            raise feed.fault
     found = f"{rate:.0f} samples/s of {batches} batches"
     if need is None:
         return warned("input", found, "--need=SAMPLES compares it with what the steps take")

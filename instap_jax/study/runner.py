@@ -93,6 +93,7 @@ class Runner:
         self._shares = [cores[i * share : (i + 1) * share] for i in range(jobs)]
         self._free = list(range(jobs))
         self._active: list[_Active] = []
+        stop.at_once = self._kill
 
     def execute(
         self, runs: Sequence[Run], label: str, finished: Callable[[], object] = lambda: None
@@ -203,16 +204,16 @@ class Runner:
         return self._logs / f"{run.name.replace('/', '-')}.log"
 
     def _end(self) -> None:
-        """Stops what still runs and waits for it; a second Ctrl-C ends it at once."""
+        """Stops what still runs and waits for it."""
         for active in self._active:
             active.process.terminate()
-        try:
-            for active in self._active:
-                active.process.wait()
-        except KeyboardInterrupt:
-            for active in self._active:
-                active.process.kill()
-            raise
+        for active in self._active:
+            active.process.wait()
+
+    def _kill(self) -> None:
+        """Ends what still runs at once; its data workers see that their parent is gone."""
+        for active in list(self._active):
+            active.process.kill()
 
 
 def _cores() -> list[int]:

@@ -165,7 +165,7 @@ def calibrated_seconds(run: Run) -> float:
         lines = read_metrics(run.workdir)
     except OSError as error:
         raise UserError(f"{run.workdir}: no metrics.jsonl: {error.strerror}") from error
-    for line in lines:
+    for line in filter(_is_step, lines):
         kind = next((key for key in line if key.startswith("kind_")), "kind")
         by_kind.setdefault(kind, []).append(line["step_seconds"])
     # Each kind's first step compiles; the one after it may still wait for the first.
@@ -181,10 +181,15 @@ def calibrated_seconds(run: Run) -> float:
 def step_seconds(run: Run) -> float | None:
     """Median of the logged seconds a step; None where fewer than two readings are."""
     try:
-        seconds = [line["step_seconds"] for line in read_metrics(run.workdir)]
+        seconds = [line["step_seconds"] for line in read_metrics(run.workdir) if _is_step(line)]
     except OSError:
         return None
     return statistics.median(seconds[1:]) if len(seconds) > 1 else None
+
+
+def _is_step(line: dict[str, Any]) -> bool:
+    """Whether a line of metrics is a training step's: validation has lines of its own."""
+    return "step_seconds" in line
 
 
 def _instap(*arguments: str) -> list[str]:

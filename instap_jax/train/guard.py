@@ -12,6 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from instap_jax.errors import UserError
 from instap_jax.train.step import MUST_BE_FINITE, refusals_allowed
 from instap_jax.types import Kind
 
@@ -42,6 +43,9 @@ class Guard:
 
     Args:
       kept: of an earlier `state()`; None at the start of a run.
+
+    Raises:
+      UserError: the run has skipped more updates than it now may: the step would refuse all others.
     """
 
     def __init__(self, config: ConfigDict, kept: dict[str, Any] | None):
@@ -49,6 +53,12 @@ class Guard:
         self._allowed = refusals_allowed(config)
         kept = kept or {"refused": 0, "spikes": 0, "losses": {}}
         self._refused, self._spikes = kept["refused"], kept["spikes"]
+        if self._refused > self._allowed:
+            raise UserError(
+                f"this run has skipped {self._refused} updates that were not finite, "
+                f"and may now skip {self._allowed}: go on with config.guard.non_finite=skip and "
+                f"config.guard.max_skipped={self._refused} or more"
+            )
         self._losses = {
             kind: collections.deque(kept["losses"].get(kind, ()), config.guard.spike_window)
             for kind in map(str, Kind)

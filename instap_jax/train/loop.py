@@ -104,9 +104,9 @@ def _run(
         return state
     if _is_main():
         print(_summary(config, mesh, state, start, last))
+    guard = Guard(config, kept.get("guard") if kept else None)
     feed = Feed(config, mesh, start_step=start, state=kept)
     writer = MetricWriter(workdir, config, resume_step=start) if _is_main() else None
-    guard = Guard(config, kept.get("guard") if kept else None)
     run = _Run(config, workdir, mesh, program, checkpointer, feed, writer, stop, selection, guard)
     try:
         return run.steps(state, frozen, start, last)

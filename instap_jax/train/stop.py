@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from instap_jax.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, Preempted, Stopped
 
@@ -47,10 +48,12 @@ class StopRequest:
 
     Attributes:
       asked: what the process was asked for so far.
+      at_once: called before the process is ended at once, from another thread than the main one.
     """
 
     def __init__(self, *, hold: bool = True):
         self.asked = Ask.NOTHING
+        self.at_once: Callable[[], None] = lambda: None
         self._holds = hold
         self._since = 0.0
         self._before: dict[int, object] = {}
@@ -99,4 +102,7 @@ class StopRequest:
             what = "nothing to save yet"
         print(f"\n{number.name}: {what}", file=sys.stderr, flush=True)
         if again or not self._holds:
-            os._exit(_CODES[ask])  # the main thread may not answer
+            try:
+                self.at_once()
+            finally:
+                os._exit(_CODES[ask])  # the main thread may not answer
