@@ -1,8 +1,10 @@
 """Fine-tuning as a user does it: init, train, resume, evaluate, select; and what goes wrong."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,8 +13,9 @@ from embedded import make_embedded
 from flax import nnx
 from tiny import tiny_config
 
-from instap_jax import config_check, main
+from instap_jax import config_check, distributed, main
 from instap_jax.errors import UserError
+from instap_jax.evaluation import selection, tasks
 from instap_jax.train import loop
 from instap_jax.train.metrics import read_metrics
 from instap_jax.train.objectives import OBJECTIVES
@@ -156,6 +159,29 @@ def test_selection_fine_tunes_the_lower_loss_and_measures_it(made, students, tmp
     assert main.main([*bad, "--batch_size=8"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "img_zero_1k-" in error and "config.classify.classes knows 7 classes" in error
+
+
+def test_selection_joins_once_and_before_it_needs_a_device(made, students, tmp_path, monkeypatch):
+    events = []
+
+    @contextlib.contextmanager
+    def joined(config):
+        events.append("joined")
+        yield
+
+    best = SimpleNamespace(loss=1.0, workdir=students[1], step=30)
+    monkeypatch.setattr(distributed, "joined", joined)
+    monkeypatch.setattr(
+        selection, "rank_candidates", lambda *_, **__: events.append("ranked") or [best]
+    )
+    monkeypatch.setattr(loop, "train", lambda *_: events.append("trained"))
+    monkeypatch.setattr(tasks, "evaluate", lambda *_: events.append("measured"))
+    instap(
+        "select", f"--runs={students[1]}", f"--videos={made}/packed:val_video",
+        f"--test_videos={made}/packed:video_1k", "--config=configs/tiny.py:classify",
+        f"--config.data.videos={made}/packed:train", f"--workdir={tmp_path}/best",
+    )  # fmt: skip
+    assert events == ["joined", "ranked", "trained", "measured"]
 
 
 def test_candidates_that_cannot_be_compared(made, students, aligned, tmp_path, capsys):

@@ -17,18 +17,28 @@ def run(values: flags.FlagValues) -> None:
     start(config_check.load(values), values["workdir"].value)
 
 
-def start(loaded: config_check.LoadedConfig, directory: str) -> Path:
-    """Trains to the end, fresh or resumed, and returns the workdir."""
+def start(loaded: config_check.LoadedConfig, directory: str) -> None:
+    """Trains to the end, fresh or resumed."""
     workdir = config_check.local_workdir(directory)
     config_check.check_workdir(loaded.config, workdir)
     # Only now JAX: a wrong key or path has already been reported.
     with StopRequest(hold=False) as stop:
         from instap_jax import distributed
-        from instap_jax.evaluation.validation import make_validate
-        from instap_jax.train.loop import train
 
         with distributed.joined(loaded.config.distributed):
-            distributed.first(lambda: config_check.record(loaded, workdir))
-            distributed.check_shared(workdir / "config.json")
-            train(loaded.config, workdir, stop, make_validate)
-    return workdir
+            train_joined(loaded, workdir, stop)
+
+
+def train_joined(loaded: config_check.LoadedConfig, workdir: Path, stop: StopRequest) -> None:
+    """What every process does once it is joined with the others.
+
+    Raises:
+      UserError: the workdir holds another configuration's run.
+    """
+    from instap_jax import distributed
+    from instap_jax.evaluation.validation import make_validate
+    from instap_jax.train.loop import train
+
+    distributed.first(lambda: config_check.record(loaded, workdir))
+    distributed.check_shared(workdir / "config.json")
+    train(loaded.config, workdir, stop, make_validate)
