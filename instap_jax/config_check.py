@@ -4,6 +4,7 @@ All of it happens before JAX starts, so that a typo costs a second and not a pod
 """
 
 import collections
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -163,6 +164,8 @@ MAY_CHANGE = (
     "evaluation",
 )
 
+_LONGEST = 366 * 24 * 3600  # seconds
+
 # Words of a split's name that mark it as a test suite: no checkpoint is chosen on one.
 TEST_WORDS = ("test", "1k", "10k")
 TEST_SPLITS = ("msrvtt", "didemo", "msvd", "lsmdc", "activitynet")
@@ -270,12 +273,16 @@ def _value_faults(flat: dict[str, Any]) -> list[str]:
     faults += [f"{k}={flat[k]} must be in [0, 1)" for k in RATIOS if not 0 <= flat[k] < 1]
     for key, (low, high) in TUPLES.items():
         value = flat[key]
-        fits = len(value) == 2 and all(low <= member <= high for member in value)
+        fits = len(value) == 2 and all(
+            isinstance(member, int | float) and low <= member <= high for member in value
+        )
         if not fits or (key not in ("data.canvas", "optimizer.betas") and value[0] > value[1]):
             faults.append(f"{key}={value} must be two values within [{low}, {high}], rising")
     steps = re.fullmatch(r"(\d+):(\d+)", flat["log.profile"] or "1:1")
     if not steps or not 1 <= int(steps[1]) <= int(steps[2]):
         faults.append(f"log.profile={flat['log.profile']!r} must be A:B, first and last step")
+    if flat["distributed.step_timeout"] > _LONGEST:
+        faults.append(f"distributed.step_timeout must be {_LONGEST} s, a year, at most")
     if flat["seed"] >= 1 << 32:
         faults.append(f"seed={flat['seed']} must be below 2^32")
     for axis in ("replica", "fsdp", "tensor"):
@@ -328,6 +335,11 @@ def _evaluation_faults(c: ConfigDict) -> list[str]:
         trained = {_corpus(part) for part in c.data[key].split(",")}
         for part in filter(None, map(str.strip, c.evaluation[key].split(","))):
             directory, split = _corpus(part)
+            if split in splits:
+                faults.append(
+                    f"evaluation.{key}: {part}: another suite is called {split!r}, and metrics are "
+                    "named by that alone; pack one of the two under another split name"
+                )
             splits.add(split)
             if set(split.split("_")) & set(TEST_WORDS) or split in TEST_SPLITS:
                 faults.append(
@@ -418,6 +430,9 @@ def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+_ASIDE = "config.partial"  # `config.json` while it is written
+
+
 def record(loaded: LoadedConfig, workdir: Path) -> None:
     """Creates the workdir with `config.json`, or checks that it holds a run of this configuration.
 
@@ -438,12 +453,14 @@ def record(loaded: LoadedConfig, workdir: Path) -> None:
         "changed": {k: [base[k], flat[k]] for k in sorted(flat) if flat[k] != base[k]},
         "config": resolved,
     }
+    aside = workdir / _ASIDE
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".partial")
         aside.write_text(json.dumps(content, indent=2) + "\n")
         os.replace(aside, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
@@ -457,7 +474,9 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
     try:
         if any((workdir / "checkpoints").glob("[0-9]*")):
             _check_same(path, json.loads(json.dumps(config.to_dict())))
-        elif workdir.exists() and not path.exists() and any(workdir.iterdir()):
+            return
+        found = {entry.name for entry in workdir.iterdir()} if workdir.exists() else set()
+        if found - {_ASIDE} and path.name not in found:
             raise UserError(f"{workdir}: not empty and not a run (it has no config.json)")
     except OSError as error:
         raise UserError(f"{workdir}: {error.strerror}") from error

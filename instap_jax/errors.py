@@ -3,6 +3,7 @@
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the same command, started again, goes on
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141  # as of a program that SIGPIPE has ended
 
 
 class UserError(Exception):

@@ -7,6 +7,7 @@ and without JAX.
 import difflib
 import importlib
 import keyword
+import os
 import re
 import sys
 import types
@@ -15,7 +16,13 @@ from collections.abc import Sequence
 from absl import flags, logging
 
 from instap_jax import __version__
-from instap_jax.errors import EXIT_USER_ERROR, Preempted, UserError, exit_code
+from instap_jax.errors import (
+    EXIT_BROKEN_PIPE,
+    EXIT_USER_ERROR,
+    Preempted,
+    UserError,
+    exit_code,
+)
 
 # Verb -> one line of help. The module is `instap_jax.commands.<verb>` ('import_', as Python keeps
 # that word for itself). It has `define_flags(values: flags.FlagValues)` and
@@ -54,10 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"instap_jax {__version__}")
         return 0
     try:
-        return _run(argv[0], argv[1:])
+        code = _run(argv[0], argv[1:])
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"instap {argv[0]}: {_one_line(error)}", file=sys.stderr)
         return exit_code(error)
+    except BrokenPipeError:  # whoever read what we print has enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
     except KeyboardInterrupt as error:
         how = "preempted" if isinstance(error, Preempted) else "interrupted"
         print(f"instap {argv[0]}: {how}", file=sys.stderr)

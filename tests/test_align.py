@@ -12,7 +12,7 @@ from tiny import tiny_config
 from instap_jax.errors import UserError
 from instap_jax.evaluation import encoder
 from instap_jax.models import depth
-from instap_jax.train import flops
+from instap_jax.train import checkpoint, flops
 from instap_jax.train.initialise import initial_params
 from instap_jax.train.objectives import objective
 from instap_jax.train.objectives.align import TERMS
@@ -333,6 +333,19 @@ def start(runner: Runner, source, **changes):
         return initial_params(
             config, objective(config), runner.program.abstract.params, fresh
         ), fresh
+
+
+def test_all_modules_are_of_one_step_of_a_run_that_goes_on(runner, tmp_path, monkeypatch):
+    save(tmp_path / "run", runner, "align")
+    read, steps = checkpoint.read_params, []
+
+    def read_params(*args, step, **options):
+        steps.append(step)
+        return read(*args, step=step, **options)
+
+    monkeypatch.setattr(checkpoint, "read_params", read_params)
+    start(runner, tmp_path / "run")
+    assert len(steps) > 5 and set(steps) == {3}
 
 
 def test_starts_from_a_distilled_student_strictly(runner, tmp_path, capsys):

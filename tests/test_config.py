@@ -125,6 +125,8 @@ def test_wrong_values_of_stage_2_are_named(changes, message):
         ({"stop_at": 0}, "stop_at=0 must be positive"),
         ({"optimizer.clip_norm": -1.0}, "must be positive"),
         ({"data.canvas": (64,)}, "must be two values"),
+        ({"data.canvas": (64, "a")}, "must be two values"),
+        ({"distributed.step_timeout": 10**11}, "step_timeout must be 31622400 s"),
         ({"data.view_area": (0.9, 0.5)}, "rising"),
         ({"optimizer.betas": (0.9, 1.0)}, "optimizer.betas"),
         ({"mesh.fsdp": 0}, "mesh.fsdp=0 must be positive, or -1"),
@@ -139,6 +141,26 @@ def test_wrong_values_are_named(changes, message):
         config_check.check(config)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("suites", "twice"),
+    [
+        ({"evaluation.videos": "p:val", "evaluation.images": "p:val"}, "images: p:val"),
+        ({"evaluation.videos": "p:a-val, q:a_val=2"}, "videos: q:a_val=2"),
+    ],
+)
+def test_suites_of_one_split_name_are_refused(suites, twice):
+    """Their metrics would have one name; what is trained on does not count."""
+    config = load_config("tiny", "stage2")
+    config.update_from_flattened_dict(suites | {"evaluation.every": 2, "data.videos": "o:val"})
+    with pytest.raises(UserError, match=f"evaluation.{twice}: another suite is called") as error:
+        config_check.check(config)
+    assert "pack one of the two under another split name" in str(error.value)
+    assert "\n" not in str(error.value)
+    config.update_from_flattened_dict({"evaluation.videos": "p:train", "evaluation.images": "p:v"})
+    config.update_from_flattened_dict({"data.videos": "o:train", "data.images": "o:train"})
+    config_check.check(config)
 
 
 def test_unknown_and_missing_keys_are_named():
@@ -255,6 +277,19 @@ def test_run_without_a_checkpoint_takes_the_new_config(tmp_path):
     config_check.record(loaded(), tmp_path)
     config_check.record(loaded(**{"vision.depth": 3}), tmp_path)
     assert config_check.read(tmp_path).vision.depth == 3
+
+
+def test_a_config_that_did_not_get_written_is_no_ones_run(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(config_check.os, "replace", full)
+        with pytest.raises(UserError, match="No space left"):
+            config_check.record(loaded(), tmp_path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "config.partial").touch()  # of a process that was killed
+    config_check.record(loaded(), tmp_path)
 
 
 def test_object_store_workdir_is_refused():

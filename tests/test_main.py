@@ -1,4 +1,5 @@
 import ast
+import os
 import subprocess
 import sys
 import time
@@ -134,3 +135,12 @@ def test_only_the_train_command_imports_the_loop():
         if "instap_jax.train.loop" in imports_of(path)
     ]
     assert users == ["commands/train.py"]
+
+
+def test_a_reader_that_has_enough_is_no_fault():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "instap_jax", "train", "--help"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")

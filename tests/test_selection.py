@@ -4,7 +4,9 @@ import json
 import shutil
 
 import jax
+import numpy as np
 import pytest
+from flax import nnx
 from test_train import assert_same, run, teacher_config
 from tiny import tiny_config
 
@@ -113,6 +115,16 @@ def test_what_a_crash_left_of_the_best_is_removed(finished, small_set, tmp_path)
     program = type("Program", (), {"graphdef": None})
     selection.Selection(validated(small_set), tmp_path, program, None, lambda *_: None)
     assert [path.name for path in directory.iterdir()] == [str(best)]
+
+
+def test_a_best_of_a_stretch_that_was_lost_is_replaced(finished, tmp_path):
+    """The run went back to a checkpoint before it, and met the same step with a better value."""
+    workdir, _ = finished
+    shutil.copytree(workdir / "checkpoints-best", tmp_path / "checkpoints-best")
+    step, meta = checkpoint.read_meta(str(tmp_path), which="best")
+    params = nnx.State({"module": {"x": np.full(3, 7.0, np.float32)}})
+    checkpoint.write_best(str(tmp_path), params, step=step, meta=meta | {"stage": "again"})
+    assert checkpoint.read_meta(str(tmp_path), which="best") == (step, meta | {"stage": "again"})
 
 
 def test_only_a_better_value_replaces_the_best(small_set, tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ def run(values: flags.FlagValues) -> None:
     from instap_jax import inference
     from instap_jax.extract import Reading, extract, find_media
 
-    root, split = Path(values.media), values.split
+    root, split = Path(values.media), values.split and values.split.replace("-", "_")
     if values.annotations is None:
         if split is not None:
             raise UserError("--split is of an annotation file: give --annotations")

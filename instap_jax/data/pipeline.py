@@ -62,8 +62,8 @@ def _parse_corpus(part: str, text: str) -> Corpus:
         weight = float(match["weight"] if match["weight"] is not None else 1)
     except ValueError:
         weight = math.nan
-    if not (0 < weight < math.inf):
-        raise UserError(f"corpus {part!r}: weight {match['weight']!r} is not a positive number")
+    if not 1e-6 <= weight <= 1e6:
+        raise UserError(f"corpus {part!r}: weight {match['weight']!r} is no number in 1e-6 to 1e6")
     return Corpus(match["dir"], match["split"].replace("-", "_"), weight)
 
 

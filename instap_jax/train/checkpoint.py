@@ -87,6 +87,8 @@ def write_best(workdir: str, params: Any, *, step: int, meta: dict[str, Any]) ->
         _best_manager(workdir) as manager,
     ):
         set_aside_damaged(manager, workdir, READ)
+        if step in manager.all_steps():  # of a stretch of the run that a crash has lost
+            manager.delete(step)
         manager.save(step, args=_readable(params, meta), force=True)
 
 
@@ -285,14 +287,14 @@ class StoredParams:
         return leaf
 
 
-def module_names(workdir: str, *, which: str = NEWEST) -> tuple[str, ...]:
-    """Top-level modules of the newest checkpoint of a run, or of its best.
+def module_names(workdir: str, *, step: int, which: str = NEWEST) -> tuple[str, ...]:
+    """Top-level modules of a checkpoint of a run, or of its best.
 
     Raises:
       UserError: when there is no checkpoint.
     """
     with _reader(workdir, which) as manager:
-        path = manager.directory / str(_newest(manager)) / "params"
+        path = manager.directory / str(step) / "params"
     with storage_faults(f"{path} cannot be read"), _params_reader() as reader:
         return tuple(reader.metadata(path).item_metadata.tree)
 

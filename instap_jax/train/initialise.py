@@ -36,9 +36,12 @@ def initial_params(
     origins: dict[str, str] = {}
     if source := config.checkpoint.init_from:
         which = config.checkpoint.init_which
+        # One step for all modules: the run at `source` may be training.
         step, meta = checkpoint.read_meta(source, which=which)
-        for name in _modules(config, objective, abstract, source, meta["stage"]):
-            read = checkpoint.read_params(source, abstract[name], select=(name,), which=which)
+        for name in _modules(config, objective, abstract, source, meta["stage"], step):
+            read = checkpoint.read_params(
+                source, abstract[name], select=(name,), step=step, which=which
+            )
             params[name] = _plain(read)
             origins[name] = f"from {source} ({meta['stage']}, {which}, step {step})"
     if source := config.text.checkpoint:
@@ -53,8 +56,11 @@ def initial_params(
     return nnx.State(params)
 
 
-def load_frozen(config: ConfigDict, program: Program) -> nnx.State:
+def load_frozen(config: ConfigDict, program: Program, *, step: int | None = None) -> nnx.State:
     """Parameters of the frozen model, from `config.teacher.checkpoint`; nothing where none is.
+
+    Args:
+      step: of the checkpoint; None: the newest.
 
     Raises:
       UserError: it is not set, not there, damaged, or does not fit.
@@ -70,11 +76,17 @@ def load_frozen(config: ConfigDict, program: Program) -> nnx.State:
         config.teacher.checkpoint,
         program.frozen_abstract,
         select=program.objective.frozen_path,
+        step=step,
     )
 
 
 def _modules(
-    config: ConfigDict, objective: Objective, abstract: nnx.State, source: str, stage: str
+    config: ConfigDict,
+    objective: Objective,
+    abstract: nnx.State,
+    source: str,
+    stage: str,
+    step: int,
 ) -> tuple[str, ...]:
     """The modules that a run of `stage` at `source` gives; others are named in `leaves`."""
     if stage == config.stage:
@@ -88,7 +100,7 @@ def _modules(
             f"stage {config.stage!r} starts from {possible}"
         )
     which = config.checkpoint.init_which
-    unused = sorted(set(checkpoint.module_names(source, which=which)) - set(modules))
+    unused = sorted(set(checkpoint.module_names(source, step=step, which=which)) - set(modules))
     lost = [name for name in unused if stage == config.stage or name not in objective.leaves]
     if lost:
         raise UserError(f"{source}: stage {config.stage!r} has no place for its {lost[0]!r}")

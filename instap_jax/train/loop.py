@@ -94,7 +94,8 @@ def _run(
     stop: StopRequest,
     selection: Selection,
 ) -> TrainState:
-    frozen = load_frozen(config, program)
+    found = inputs.identify(config)
+    frozen = load_frozen(config, program, step=found["teacher"])
     state, kept = _start(config, workdir, program, checkpointer)
     start = int(state.step)
     last = min(config.steps, config.stop_at or config.steps)
@@ -107,7 +108,8 @@ def _run(
     guard = Guard(config, kept.get("guard") if kept else None)
     feed = Feed(config, mesh, start_step=start, state=kept)
     writer = MetricWriter(workdir, config, resume_step=start) if _is_main() else None
-    run = _Run(config, workdir, mesh, program, checkpointer, feed, writer, stop, selection, guard)
+    tools = checkpointer, feed, writer, stop, selection, guard
+    run = _Run(config, workdir, mesh, program, *tools, made_with=found)
     try:
         return run.steps(state, frozen, start, last)
     finally:
@@ -131,11 +133,13 @@ class _Run:
         stop: StopRequest,
         selection: Selection,
         guard: Guard,
+        *,
+        made_with: dict,
     ):
         self._selection, self._guard, self._workdir = selection, guard, workdir
         self._config, self._mesh, self._program, self._stop = config, mesh, program, stop
         self._checkpointer, self._feed, self._writer = checkpointer, feed, writer
-        self._inputs = inputs.identify(config)
+        self._inputs = made_with
         self._flops: dict = {}
         self._clock = StepClock()
         self._agreement = Agreement(mesh)

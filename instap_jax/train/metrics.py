@@ -1,6 +1,7 @@
 """Where the numbers of a run go: `metrics.jsonl`, TensorBoard, optionally W&B, and the screen."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -110,5 +111,9 @@ def _start_wandb(workdir: Path, config: ConfigDict):
             "config.log.wandb_project is set but wandb is not installed; pip install -e '.[wandb]'"
         ) from error
     return wandb.init(
-        project=config.log.wandb_project, dir=str(workdir), config=config.to_dict(), resume="allow"
+        project=config.log.wandb_project,
+        dir=str(workdir),
+        config=config.to_dict(),
+        id=hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16],  # of every restart
+        resume="allow",
     )
