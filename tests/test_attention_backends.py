@@ -208,6 +208,7 @@ def choose(
     tokens=3136,
     shape=(1, 2, 2),
     width=1024,
+    kind="",
 ):
     """`choose` on a mesh whose devices say that they are of a platform; None: no mesh."""
     sizes = dict(zip(("replica", "fsdp", "tensor"), shape)) if platform else {}
@@ -215,7 +216,7 @@ def choose(
         empty=platform is None,
         auto_axes=tuple(sizes),
         shape=sizes,
-        abstract_device=types.SimpleNamespace(platform=platform),
+        abstract_device=types.SimpleNamespace(platform=platform, device_kind=kind),
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
@@ -241,6 +242,11 @@ def choose(
         ("xla", {"platform": "tpu", "width": 16 * 80}),  # heads of 80 do not fill 128 lanes
         ("xla", {"platform": "tpu", "shape": (1, 2, 16)}),  # nor does one of 64
         ("cudnn", {"platform": "gpu", "width": 16 * 80}),
+        ("xla", {"platform": "gpu", "tokens": 197}),  # odd
+        ("pallas", {"platform": "tpu", "kind": "TPU v4", "tokens": 4096}),
+        ("xla", {"platform": "tpu", "kind": "TPU v4", "tokens": 6272}),
+        ("xla", {"platform": "tpu", "kind": "TPU v4", "dtype": jnp.float32, "tokens": 1568}),
+        ("pallas", {"platform": "tpu", "kind": "TPU v5 lite", "tokens": 6272}),
     ],
 )
 def test_auto_goes_by_the_platform_of_the_mesh_and_the_length(expected, case):

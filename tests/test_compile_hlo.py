@@ -117,6 +117,8 @@ def test_text_without_a_program():
         hlo.parse("HloModule nothing\n")
 
 
+# Devices in another order, as libtpu 0.0.42 names them.
+TRANSPOSED = "mesh['a'=1,'b'=4,'c'=1,'d'=2], device_ids=([2,4]T(1,0)) {'b'}"
 LINE = '  %x.{n} = {shape} {op}(%p), channel_id={n}, {groups}, metadata={{op_name="jit(step)/(x)"}}'
 
 
@@ -138,6 +140,7 @@ def entry(*lines: str) -> list[hlo.Visit]:
         ("reduce-scatter", "f32[256]", "{{0,1,2,3},{4,5,6,7}}", 3072, "fsdp"),
         ("all-to-all", "f32[256]", "{{0,1,2,3},{4,5,6,7}}", 768, "fsdp"),
         ("all-gather", "bf16[16,128]", "mesh['axis_0'=8] {'axis_0':(2)2}", None, "?"),
+        ("all-gather", "bf16[16,128]", TRANSPOSED, 3072, "fsdp"),
     ],
 )
 def test_bytes_and_axes_of_collectives(op, shape, groups, amount, axes):

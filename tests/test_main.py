@@ -1,11 +1,14 @@
 import ast
+import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import instap_jax
 from instap_jax import main
@@ -144,3 +147,12 @@ def test_a_reader_that_has_enough_is_no_fault():
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_constraints_allow_what_jax_asks_for_on_tpus():
+    """With the file of constraints `pip install .[tpu]` must find a libtpu."""
+    pins = (Path(__file__).parent.parent / "constraints.txt").read_text()
+    (pinned,) = re.findall(r"^libtpu==(.+)$", pins, re.MULTILINE)
+    wanted = map(Requirement, importlib.metadata.requires("jax"))
+    (libtpu,) = (one for one in wanted if one.name == "libtpu" and 'extra == "tpu"' in str(one))
+    assert libtpu.specifier.contains(pinned)

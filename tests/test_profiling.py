@@ -110,9 +110,12 @@ def test_where_the_cache_is(tmp_path, monkeypatch):
     before = jax.config.jax_compilation_cache_dir  # of the tests
     assert use_compile_cache(tiny_config("stage1"), tmp_path, mesh) == before
     with monkeypatch.context() as several:  # a rehearsed pod goes without
+        updates = []
         several.setattr(jax, "process_count", lambda: 2)
+        several.setattr(jax.config, "update", lambda *args: updates.append(args))
         config = tiny_config("stage1", **{"compute.cache_dir": str(tmp_path / "cache")})
-        assert use_compile_cache(config, tmp_path, mesh) == before
+        assert use_compile_cache(config, tmp_path, mesh) is None
+        assert updates == [("jax_enable_compilation_cache", False)]
     with pytest.raises(UserError, match=r"cache_dir=.*cannot be made"):
         (tmp_path / "file").touch()
         config = tiny_config("stage1", **{"compute.cache_dir": str(tmp_path / "file" / "x")})

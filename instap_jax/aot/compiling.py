@@ -119,7 +119,7 @@ def measure(step: LoweredStep, where: topology.Topology, cache: Path | None) -> 
 
 def _fingerprint(step: LoweredStep, where: topology.Topology) -> str:
     facts = (VERSION, where.label, jax.__version__, topology.compiler_version())
-    facts += (dict(step.mesh.shape), step.lowered.as_text())
+    facts += (dict(step.mesh.shape), step.compiler_options, step.lowered.as_text())
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
 

@@ -348,27 +348,41 @@ def groups(text: str, shape: dict[str, int]) -> np.ndarray | None:
     if pairs or listed:
         rows = re.findall(r"\{([\d,]+)\}", (pairs or listed)[1])
         return np.array([[int(i) for i in row.split(",")] for row in rows])
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    iota = re.search(rf"replica_groups=\[([\d,]+)\]<={_IOTA}", text)
     if iota:
-        to, of, order = ([int(i) for i in (part or "").split(",") if i] for part in iota.groups())
-        ids = np.arange(math.prod(of)).reshape(of)
-        return (ids.transpose(order) if order else ids).reshape(to)
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text)
+        return _iota(iota[2], iota[3]).reshape(_numbers(iota[1]))
+    named = re.search(
+        rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_IOTA}\))? \{{([^}}]*)\}}", text
+    )
     if named:
-        return _mesh_groups(named[1], named[2])
+        mesh, of, order, over = named.groups()
+        return _mesh_groups(mesh, over, _iota(of, order) if of else None)
     if "replica_groups={}" in text:
         return np.arange(math.prod(shape.values()))[None]
     return None
 
 
-def _mesh_groups(mesh: str, over: str) -> np.ndarray | None:
-    """mesh['a'=4,'b'=4] {'b'}: the groups that differ in b alone."""
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # [2,4]T(1,0): 0 to 7 as 2 x 4, transposed
+
+
+def _iota(of: str, order: str | None) -> np.ndarray:
+    ids = np.arange(math.prod(_numbers(of))).reshape(_numbers(of))
+    return ids.transpose(_numbers(order)) if order else ids
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _mesh_groups(mesh: str, over: str, devices: np.ndarray | None) -> np.ndarray | None:
+    """mesh['a'=4,'b'=4] {'b'}: the groups that differ in b alone; devices in order, or as given."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
     used = re.findall(r"'([^']+)'(:\(\d+\)\d+)?", over)
     if any(part or name not in sizes for name, part in used):
         return None
     names = [name for name, _ in used]
-    ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    devices = np.arange(math.prod(sizes.values())) if devices is None else devices
+    ids = devices.reshape(tuple(sizes.values()))
     axes = list(sizes)
     last = [axes.index(name) for name in names]
     first = [i for i in range(len(axes)) if i not in last]

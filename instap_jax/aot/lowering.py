@@ -34,6 +34,7 @@ class LoweredStep:
     mesh: Mesh
     jaxpr: core.Jaxpr
     lowered: jax.stages.Lowered
+    compiler_options: dict | None
     argument_bytes: dict[str, int]
     samples: int
     model_flops: int
@@ -66,6 +67,7 @@ def lower(config: ConfigDict, topology: tpu.Topology, kind: Kind) -> LoweredStep
             mesh=mesh,
             jaxpr=traced.jaxpr.jaxpr,
             lowered=traced.lower(lowering_platforms=("tpu",)),
+            compiler_options=program.compiler_options,
             argument_bytes=_argument_bytes(program, batch),
             samples=math.prod(batch["sample_valid"].shape),
             model_flops=_flops(config, mesh, batch, "all"),

@@ -205,6 +205,7 @@ def devices(topology: Topology) -> list:
 def compiler_environment() -> Iterator[None]:
     """To compile in. The TPU compiler ends the process at a flag of another platform in XLA_FLAGS,
     and JAX's own cache writes programs for absent devices but cannot read them back."""
+    jax.devices("cpu")  # made while XLA_FLAGS says how many
     flags = os.environ.pop("XLA_FLAGS", None)
     cached = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)

@@ -28,14 +28,15 @@ from jax.sharding import PartitionSpec as P
 from instap_jax.errors import UserError
 from instap_jax.models.kernels import attention as attention_kernel
 from instap_jax.models.kernels import tiles
-from instap_jax.models.placement import data_ways, platform
+from instap_jax.models.placement import data_ways, device_kind, platform
 from instap_jax.sharding import DATA_AXES
 
 Array = jax.Array
 
 LONG = 128 * 256  # logits of a head, n * m, from which on 'auto' takes a kernel
 _PLATFORM = {"pallas": "tpu", "cudnn": "gpu"}
-_LOGITS = 1 << 20  # of a head, that a program holds at once: a v4 has 16 MB for all of it
+_LOGITS = 1 << 20  # of a head, that a program holds at once
+_KEYS_ON_V4 = 4096
 
 
 def choose(
@@ -65,6 +66,10 @@ def choose(
     if backend == "pallas":
         divides = divides and tiles.LANES % (width // heads) == 0
         divides = divides and width // ways % tiles.LANES == 0
+        if device_kind().startswith("TPU v4"):  # a program must fit its 16 MB of VMEM
+            divides = divides and dtype == jnp.bfloat16 and keys <= _KEYS_ON_V4
+    if backend == "cudnn":  # its gradient takes no odd length
+        divides = divides and queries % 2 == keys % 2 == 0
     return backend if divides else "xla"
 
 

@@ -35,6 +35,13 @@ def platform() -> str:
     return "gpu" if name in ("cuda", "rocm") else name
 
 
+def device_kind() -> str:
+    """Of the current mesh's devices, as 'TPU v4'; '' without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return device.device_kind if device else ""
+
+
 def gathered(param: nnx.Param, dtype: Any) -> Array:
     """A parameter in the compute dtype, whole over the data axes, still split over `tensor`.
 

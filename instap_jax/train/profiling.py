@@ -77,7 +77,8 @@ def use_compile_cache(config: ConfigDict, workdir: Path, mesh: Mesh) -> str | No
     before = jax.config.jax_compilation_cache_dir
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     if on_cpu and jax.process_count() > 1:
-        return before
+        jax.config.update("jax_enable_compilation_cache", False)
+        return None
     directory = config.compute.cache_dir or before
     if not directory and not on_cpu:
         directory = str(workdir / CACHE_DIRECTORY)

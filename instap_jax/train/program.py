@@ -39,6 +39,7 @@ class Program:
       init: makes fresh parameters in place on the mesh.
       step: jitted; (state, frozen parameters, batch, seed) -> (state, metrics); donates the state.
       seed: uint32, `config.seed`.
+      compiler_options: of the step; None: none.
     """
 
     objective: Objective
@@ -49,6 +50,7 @@ class Program:
     step: jax.stages.Wrapped
     init: Callable[[], TrainState]
     seed: np.uint32
+    compiler_options: dict | None
 
 
 def build_program(config: ConfigDict, mesh: Mesh) -> Program:
@@ -65,6 +67,7 @@ def build_program(config: ConfigDict, mesh: Mesh) -> Program:
     frozen_graphdef, frozen_abstract = nnx.split(frozen)
     frozen_abstract = with_sharding(frozen_abstract, mesh)
     step = make_train_step(config, stage, graphdef, frozen_graphdef, tx)
+    options = _TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None
     return Program(
         objective=stage,
         graphdef=graphdef,
@@ -81,10 +84,11 @@ def build_program(config: ConfigDict, mesh: Mesh) -> Program:
                 sharding.replicated(mesh),
             ),
             out_shardings=(shardings(abstract), sharding.replicated(mesh)),
-            compiler_options=_TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None,
+            compiler_options=options,
         ),
         init=lambda: init_state(create, tx, abstract, seed),
         seed=seed,
+        compiler_options=options,
     )
 
 
