@@ -26,11 +26,13 @@ end_run() {
   kill -KILL -- "-$(cat "$pid_file")" 2>/dev/null
 }
 
-# Newest checkpoint of the --workdir among the arguments.
+# Newest checkpoint of the --workdir among the arguments: --workdir=DIR, --workdir DIR.
 newest() {
-  local arg workdir=
+  local arg before= workdir=
   for arg in "$@"; do
-    case "$arg" in --workdir=*) workdir="${arg#--workdir=}" ;; esac
+    case "$before" in --workdir | -workdir) workdir="$arg" ;; esac
+    case "$arg" in --workdir=* | -workdir=*) workdir="${arg#*=}" ;; esac
+    before="$arg"
   done
   find "$workdir/checkpoints" -mindepth 1 -maxdepth 1 -name '[0-9]*' -printf '%f\n' 2>/dev/null |
     grep -E '^[0-9]+$' | sort -n | tail -n 1

@@ -73,12 +73,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def workdir_of(verb: list[str]) -> Path:
-    """The value of --workdir in the verb's flags; `pod` where it has none."""
-    for index, arg in enumerate(verb):
+    """The value of --workdir in the verb's flags, of several the last; `pod` where it has none."""
+    workdir = "pod"
+    for arg, after in zip(verb, [*verb[1:], workdir]):
         name, equals, value = arg.partition("=")
         if name in ("--workdir", "-workdir"):
-            return Path(value if equals else verb[index + 1])
-    return Path("pod")
+            workdir = value if equals else after
+    return Path(workdir)
 
 
 def command(verb: list[str]) -> list[str]:

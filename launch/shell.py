@@ -6,6 +6,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
+ABSENT = "absent"  # what `look` says of a thing that is not there
+
 
 @dataclasses.dataclass(frozen=True)
 class Shell:
@@ -39,6 +41,23 @@ class Shell:
         done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
+    def look(self, words: Sequence[str], *, absent: str) -> str | None:
+        """What a query about one thing prints.
+
+        ABSENT where it fails with `absent` among its words: there is no such thing. None where it
+        fails otherwise, which says nothing about the thing; the reason has then been shown.
+        """
+        if self.dry_run:
+            self._show(words, None)
+            return ""
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode == 0:
+            return done.stdout.strip()
+        if absent in done.stderr:
+            return ABSENT
+        print(done.stderr, end="", file=sys.stderr, flush=True)
+        return None
+
     def stream(self, words: Sequence[str], line: Callable[[str], None]) -> int:
         """Runs a command, hands every line of its output on, and returns its exit code.
 
@@ -55,8 +74,12 @@ class Shell:
             errors="replace",
             start_new_session=True,
         ) as process:
-            for text in process.stdout:
-                line(text.rstrip("\n"))
+            try:
+                for text in process.stdout:
+                    line(text.rstrip("\n"))
+            except KeyboardInterrupt:  # of a launcher without Signals
+                process.terminate()
+                raise
         return process.returncode
 
     def start(self, words: Sequence[str]) -> None:

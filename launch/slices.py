@@ -37,7 +37,7 @@ class Slice:
     Attributes:
       name: as Cloud TPU knows it, `v5litepod-256`.
       topology: `16x16`, `4x4x8`.
-      hosts: virtual machines, and processes.
+      hosts: virtual machines of Cloud TPU, and processes.
       runtime: software version of its virtual machines.
       gke: value of the node label cloud.google.com/gke-tpu-accelerator.
     """
@@ -50,8 +50,9 @@ class Slice:
     gke: str
 
     @property
-    def chips_per_host(self) -> int:
-        return self.chips // self.hosts
+    def gke_hosts(self) -> int:
+        """Machines of its node pool: xpk takes those of 4 chips for slices of 8 chips, too."""
+        return max(1, self.chips // _CHIPS_PER_HOST)
 
 
 def slice_of(name: str) -> Slice:

@@ -49,27 +49,29 @@ def main(argv: list[str] | None = None) -> int:
     if args.nodes < 1 or args.gpus < 1:
         parser.error("--nodes and --gpus must be 1 or more")
     shell = Shell(args.dry_run)
-    logs = launch_dir(workdir_of(verb))
+    workdir = ROOT / workdir_of(verb)  # where the job is, whatever directory this is called in
+    logs = launch_dir(workdir)
     install = f'cd {shlex.quote(str(ROOT))} && EXTRAS="[cuda]" && . launch/install.sh'
     shell.check(["bash", "-c", install])
     shell.check(["mkdir", "-p", str(logs)])
     # A script on standard input; --wait gives its exit code back.
     wait = ["--wait"] if args.wait else []
-    return shell.run(["sbatch", *wait, *args.sbatch_flag], stdin=script(args, verb, logs))
+    # Not in the script: a line of #SBATCH ends at a space.
+    names = [f"--job-name={args.name}", f"--output={logs / 'slurm-%j.log'}"]
+    words = ["sbatch", *names, *wait, *args.sbatch_flag]
+    return shell.run(words, stdin=script(args, verb, workdir))
 
 
-def script(args: argparse.Namespace, verb: list[str], logs: Path) -> str:
+def script(args: argparse.Namespace, verb: list[str], workdir: Path) -> str:
     """The batch script."""
     template = Path(__file__).with_name("job.sbatch").read_text()
     return string.Template(template).substitute(
-        name=args.name,
         nodes=args.nodes,
         gpus=args.gpus,
         cpus=args.cpus,
         time=args.time,
-        log=logs / "slurm-%j.log",
         root=shlex.quote(str(ROOT)),
-        workdir=shlex.quote(str(workdir_of(verb).absolute())),
+        workdir=shlex.quote(str(workdir)),
         limit=args.limit,
         preempted=PREEMPTED,
         verb=shlex.join(verb),

@@ -18,15 +18,26 @@ import re
 import shlex
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from shell import Shell
+from shell import ABSENT, Shell
 from slices import Slice, slice_of
-from supervise import Signals, add_flags, pod_code, policy_of, say, split_command, supervise
+from supervise import (
+    DONE,
+    INTERRUPTED,
+    USER_ERROR,
+    Signals,
+    add_flags,
+    pod_code,
+    policy_of,
+    say,
+    split_command,
+    supervise,
+)
 
 STOP = "bash instap/launch/host.sh stop"
 POLL = 30.0  # seconds between looks at a queued resource
+LOOKS = 20  # that fail one after the other make a failed start: ten minutes without an answer
 LOST = 255  # exit code of a host that was cut off, as ssh's own
 GONE = ("SUSPENDING", "SUSPENDED", "FAILED")  # states that do not come back by themselves
 _EXIT = re.compile(r"\[(\S+)\] exit code (\d+), checkpoint (\d*)")
@@ -84,26 +95,41 @@ class QueuedResource:
     def __init__(self, args: argparse.Namespace, shell: Shell):
         self._args, self.shell = args, shell
 
-    def create(self, one: Slice) -> None:
-        """Asks for it and waits until its hosts are there."""
+    def create(self, one: Slice) -> int:
+        """Asks for it; the exit code."""
         args = self._args
         nodes = ["--node-id=" + args.name]
         if args.slices > 1:
             nodes = [f"--node-count={args.slices}", "--node-prefix=" + args.name]
         words = [f"--accelerator-type={one.name}", f"--runtime-version={one.runtime}", *nodes]
-        self.shell.check(
-            self._words("create", *words, *(["--spot"] if args.spot else []), *args.create_flag)
-        )
-        if args.dry_run:
-            print("# until the next command says ACTIVE:")
-        while (state := self.state()) != "ACTIVE" and not args.dry_run:
-            if state in GONE:
-                raise SystemExit(f"launch: {args.name} is {state}; gcloud says why: describe it")
-            time.sleep(POLL)
+        spot = ["--spot"] if args.spot else []
+        return self.shell.run(self._words("create", *words, *spot, *args.create_flag))
 
-    def state(self) -> str:
-        """ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED ...; '' where there is none."""
-        return self.shell.output(self._words("describe", "--format=value(state.state)"))
+    def wait(self, signals: Signals) -> int:
+        """Until its hosts are there; the exit code that says why they are not."""
+        say(f"waiting until {self._args.name} is ACTIVE")
+        failed = 0
+        while not signals.asked():
+            state = self.state()
+            if state == "ACTIVE":
+                return DONE
+            if state == ABSENT:
+                say(f"{self._args.name} was deleted while we waited for it")
+                return USER_ERROR  # whoever did it does not want it made again
+            if state in GONE:
+                say(f"{self._args.name} is {state}: {shlex.join(self._words('describe'))} says why")
+                return 1
+            failed = failed + 1 if state is None else 0
+            if failed == LOOKS:
+                return 1
+            signals.sleep(POLL)
+        return INTERRUPTED
+
+    def state(self) -> str | None:
+        """ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED ...; ABSENT; None where gcloud cannot say."""
+        return self.shell.look(
+            self._words("describe", "--format=value(state.state)"), absent="NOT_FOUND"
+        )
 
     def ssh(self, command: str) -> list[str]:
         """A command for all hosts of all slices at once: in batches, the first would wait for the
@@ -137,32 +163,70 @@ class Run:
     def __init__(self, args, resource: QueuedResource, one: Slice, verb: list[str]):
         self._args, self._resource, self._slice, self._verb = args, resource, one, verb
         self._shell = resource.shell
-        self._ready = False
+        self._signals = Signals(lambda number: self._ask_to_stop())
+        self._installed = self._runs = False
         self._newest: int | None = None
 
     def supervise(self) -> int:
         if self._args.dry_run:
-            self._prepare()
-            return self._shell.run(self._resource.ssh(self._command()))
-        # A signal asks the hosts to save and end; their exit codes then come back as ever.
-        with Signals(lambda number: self._resource.ask_to_stop()) as signals:
+            return self._show()
+        with self._signals:
             code = supervise(
                 self._attempt,
                 progress=lambda: self._newest,
                 policy=policy_of(self._args),
-                stopped=signals.asked,
-                sleep=signals.sleep,
+                stopped=self._signals.asked,
+                sleep=self._signals.sleep,
             )
         say(f"the slices are still yours: python launch/tpu.py delete --name={self._args.name} ...")
         return code
 
+    def _show(self) -> int:
+        """The commands of a first start."""
+        self._resource.create(self._slice)
+        print("# until the next command says ACTIVE:")
+        self._resource.state()
+        self._install()
+        return self._shell.run(self._resource.ssh(self._command()))
+
+    def _ask_to_stop(self) -> None:
+        """The hosts save and end; their exit codes then come back as ever."""
+        if self._runs:
+            self._resource.ask_to_stop()
+
     def _attempt(self) -> int:
+        """One start. Each step gives an exit code: what fails here is tried again, as a run is."""
+        for step in (self._get_slices, self._install, self._run):
+            if self._signals.asked():
+                return INTERRUPTED
+            if code := step():
+                return code
+        return DONE
+
+    def _get_slices(self) -> int:
+        """Asks for the slices, unless that was done, and waits for them."""
         state = self._resource.state()
+        if state == "ACTIVE":
+            return DONE
+        self._installed = False
+        if state is None:
+            return 1
         if state in GONE:
-            self._resource.delete()
-            state, self._ready = "", False
-        if not self._ready or state != "ACTIVE":
-            self._prepare(exists=state == "ACTIVE")
+            if code := self._resource.delete():
+                return code
+            state = ABSENT
+        if state == ABSENT and (code := self._resource.create(self._slice)):
+            return code
+        return self._resource.wait(self._signals)
+
+    def _run(self) -> int:
+        self._runs = True
+        try:
+            return self._run_on_hosts()
+        finally:
+            self._runs = False
+
+    def _run_on_hosts(self) -> int:
         codes: dict[str, int] = {}
         gcloud = self._shell.stream(
             self._resource.ssh(self._command()), lambda line: self._read(line, codes)
@@ -184,21 +248,23 @@ class Run:
         if step:
             self._newest = max(self._newest or 0, int(step))
 
-    def _prepare(self, *, exists: bool = False) -> None:
-        """Slices, then this commit and its dependencies on every host."""
-        if not exists:
-            self._resource.create(self._slice)
+    def _install(self) -> int:
+        """This commit and its dependencies on every host."""
+        if self._installed:
+            return DONE
         with tempfile.TemporaryDirectory() as folder:
             archive = f"{'DIR' if self._args.dry_run else folder}/instap.tar.gz"
             root = str(Path(__file__).resolve().parent.parent)
             tar = ["git", "-C", root, "archive", "--format=tar.gz", f"--output={archive}", "HEAD"]
-            self._shell.check(tar)
-            self._shell.check(self._resource.copy(archive, "instap.tar.gz"))
+            copy = self._resource.copy(archive, "instap.tar.gz")
+            if code := self._shell.run(tar) or self._shell.run(copy):
+                return code
         setup = [self._args.setup] if self._args.setup else []
         unpack = ["mkdir -p instap", "tar -xzf instap.tar.gz -C instap"]
         steps = [*setup, *unpack, "bash instap/launch/host.sh setup"]
-        self._shell.check(self._resource.ssh(" && ".join(steps)))
-        self._ready = True
+        code = self._shell.run(self._resource.ssh(" && ".join(steps)))
+        self._installed = code == DONE
+        return code
 
     def _command(self) -> str:
         variables = [shlex.quote(text) for text in self._args.env]

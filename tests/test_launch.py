@@ -1,7 +1,7 @@
-"""Launchers: what they would run, when they start again, and which exit code comes back."""
+"""Launchers: when they start again, which exit code comes back, what a host does."""
 
 import os
-import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,22 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 sys.path.insert(0, str(LAUNCH))  # scripts, not a package: they run where nothing is installed
 
-import gke  # noqa: E402
 import local_pod  # noqa: E402
-import slices  # noqa: E402
-import slurm  # noqa: E402
 import supervise  # noqa: E402
 import tpu  # noqa: E402
-
-from instap_jax.aot.topology import parse  # noqa: E402
-
-TRAIN = ["train", "--config=configs/stage1_l16.py", "--workdir=/shared/my run"]
-
 
 # --- the supervisor
 
@@ -203,248 +194,6 @@ def test_a_fault_of_the_input_is_not_started_again(tmp_path, monkeypatch, capfd)
     assert capfd.readouterr().err.count("start from") == 1
 
 
-# --- what they would run
-
-
-def dry(launcher, capsys, *argv):
-    """What `launcher ... --dry-run` prints: its commands as lists of words, and the rest."""
-    assert launcher.main([*argv[:1], "--dry-run", *argv[1:], "--", *TRAIN]) == 0
-    text = capsys.readouterr().out
-    commands, _, rest = text.partition("<<'END'\n")
-    return [shlex.split(line, comments=True) for line in commands.splitlines()], rest
-
-
-def flags_of(words):
-    return dict(word[2:].partition("=")[::2] for word in words if word.startswith("--"))
-
-
-TPU = ("run", "--name=n", "--project=p", "--zone=europe-west4-b")
-
-
-def test_tpu_slice(capsys, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", None)  # nothing is run
-    monkeypatch.setattr(subprocess, "Popen", None)
-    commands, _ = dry(tpu, capsys, *TPU, "--accelerator=v5e-256", "--env=A=b c", "--setup=mnt")
-    create, _, describe, archive, copy, setup, run = commands
-    for words in (create, describe, copy, setup, run):
-        assert words[:4] == ["gcloud", "compute", "tpus", "queued-resources"]
-        assert flags_of(words)["project"] == "p" and flags_of(words)["zone"] == "europe-west4-b"
-    assert [words[4] for words in (create, describe, copy, setup, run)] == [
-        "create", "describe", "scp", "ssh", "ssh",
-    ]  # fmt: skip
-    flags = flags_of(create)
-    assert flags["accelerator-type"] == "v5litepod-256"
-    assert flags["runtime-version"] == "v2-alpha-tpuv5-lite"
-    assert flags["node-id"] == "n" and "node-count" not in flags and "spot" not in flags
-    assert archive[0] == "git" and copy[5:7] == ["DIR/instap.tar.gz", "n:instap.tar.gz"]
-    for words in (setup, run):
-        assert flags_of(words)["worker"] == flags_of(words)["node"] == "all"
-        assert flags_of(words)["batch-size"] == "all"  # else hosts beyond 64 would wait
-    assert flags_of(setup)["command"].startswith("mnt && ")
-    assert shlex.split(flags_of(run)["command"]) == [
-        "env", "A=b c", "bash", "instap/launch/host.sh", "run", *TRAIN,
-    ]  # fmt: skip
-
-
-def test_tpu_multislice_on_spot_capacity(capsys):
-    commands, _ = dry(tpu, capsys, *TPU, "--accelerator=v5p-128", "--slices=4", "--spot")
-    flags = flags_of(commands[0])
-    assert flags["node-count"] == "4" and flags["node-prefix"] == "n" and "node-id" not in flags
-    assert "spot" in flags and flags["accelerator-type"] == "v5p-128"
-
-
-@pytest.mark.parametrize("action", ["stop", "delete"])
-def test_tpu_stop_and_delete(action, capsys):
-    assert tpu.main([action, *TPU[1:], "--dry-run"]) == 0
-    words = shlex.split(capsys.readouterr().out)
-    assert words[4:6] == ["ssh" if action == "stop" else "delete", "n"]
-    if action == "stop":
-        assert flags_of(words)["command"] == "bash instap/launch/host.sh stop"
-
-
-def fake_gcloud(folder, script):
-    """A `gcloud` on the PATH that does what the Python `script` says with `words`, and logs."""
-    program = folder / "gcloud"
-    program.write_text(
-        f"#!{sys.executable}\nimport pathlib, sys\nwords = sys.argv[4:]\n"
-        f"log = pathlib.Path({str(folder / 'log')!r})\n"
-        "before = log.read_text().split() if log.exists() else []\n"
-        "log.write_text(' '.join([*before, words[0]]))\n" + script
-    )
-    program.chmod(0o755)
-    return folder / "log"
-
-
-def test_tpu_preempted_slices_are_asked_for_again_and_resumed(tmp_path, monkeypatch, capfd):
-    # First run: one of four hosts is lost with its slice. Second: all four say 0.
-    script = """
-runs = before.count("ssh")
-if words[0] == "describe":
-    states = {0: "ACTIVE", 2: "SUSPENDED"}
-    print("ACTIVE" if before[-1] == "create" else states.get(runs, ""))
-if words[0] == "ssh" and " run " in " ".join(words):
-    first = "create" in before and before.count("create") == 1
-    for host in range(3 if first else 4):
-        print(f"[h{host}] start from checkpoint {'' if first else 40}")
-        print(f"[h{host}] exit code {134 if first else 0}, checkpoint {40 if first else 80}")
-    sys.exit(1 if first else 0)
-"""
-    log = fake_gcloud(tmp_path, script)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(tpu, "POLL", 0.01)
-    log.write_text("create")  # asked for before: describe says ACTIVE
-    code = tpu.main([*TPU, "--accelerator=v5e-16", "--delay=0.01", "--", *TRAIN])
-    err = capfd.readouterr().err
-    assert code == 0
-    assert "1 of 4 hosts did not say how they ended" in err
-    assert "exit code 134 at step 40" in err and "ended with exit code 0 at step 80" in err
-    first = "create describe scp ssh ssh"  # the last ssh runs
-    assert log.read_text() == f"{first} describe delete {first}"
-
-
-GKE = ("run", "--name=n", "--accelerator=v5p-256", "--image=i:1", "--claim=c")
-
-
-def jobset_of(capsys, *flags):
-    commands, rest = dry(gke, capsys, *GKE, *flags)
-    assert commands[0] == ["kubectl", "--namespace=default", "apply", "--filename=-"]
-    return yaml.safe_load(rest.split("\nEND")[0])
-
-
-def test_gke_jobset(capsys):
-    jobset = jobset_of(capsys, "--slices=2", "--spot", "--env=A=b: 'c")
-    assert jobset["apiVersion"] == "jobset.x-k8s.io/v1alpha2" and jobset["kind"] == "JobSet"
-    annotation = "alpha.jobset.sigs.k8s.io/exclusive-topology"
-    assert jobset["metadata"]["annotations"][annotation] == "cloud.google.com/gke-nodepool"
-    (replicated,) = jobset["spec"]["replicatedJobs"]
-    job = replicated["template"]["spec"]
-    assert replicated["replicas"] == 2 and job["backoffLimit"] == 0
-    assert job["parallelism"] == job["completions"] == 32
-    pod_spec = job["template"]["spec"]
-    assert pod_spec["restartPolicy"] == "Never" and pod_spec["terminationGracePeriodSeconds"] >= 120
-    assert pod_spec["nodeSelector"] == {
-        "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
-        "cloud.google.com/gke-tpu-topology": "4x4x8",
-        "cloud.google.com/gke-spot": "true",
-    }
-    (container,) = pod_spec["containers"]
-    assert container["image"] == "i:1" and container["resources"]["limits"]["google.com/tpu"] == 4
-    command = container["command"]
-    at = command.index("--")
-    assert command[at + 1 :] == ["instap", *TRAIN]
-    names = {variable["name"]: variable.get("value") for variable in container["env"]}
-    assert names == {"SLICE": None, "HOST": None, "A": "b: 'c"}
-    assert {"--once", "--limit=3", "--worker=$(SLICE)-$(HOST)"} <= set(command[:at])
-    assert "--workdir=/shared/my run" in command[:at]
-    assert pod_spec["volumes"][0]["persistentVolumeClaim"]["claimName"] == "c"
-
-
-def test_gke_restarts_all_slices_but_not_after_a_final_exit_code(capsys):
-    spec = jobset_of(capsys)["spec"]
-    (rule,) = spec["failurePolicy"]["rules"]
-    assert rule == {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
-    assert spec["failurePolicy"]["maxRestarts"] > 100
-    (replicated,) = spec["replicatedJobs"]
-    assert replicated["replicas"] == 1
-    job = replicated["template"]["spec"]
-    (final,) = job["podFailurePolicy"]["rules"]
-    assert final["action"] == "FailJob" and final["onExitCodes"]["operator"] == "In"
-    assert set(final["onExitCodes"]["values"]) == set(supervise.FINAL) - {0}
-    assert final["onExitCodes"]["containerName"] == "instap"
-    assert "cloud.google.com/gke-spot" not in job["template"]["spec"]["nodeSelector"]
-
-
-SLURM = ("--nodes=4", "--gpus=8", "--sbatch-flag=--partition=gpu", "--wait")
-
-
-def test_slurm_script(capsys):
-    commands, rest = dry(slurm, capsys, *SLURM)
-    install, logs, submit = commands
-    assert install[:2] == ["bash", "-c"] and 'EXTRAS="[cuda]"' in install[2]
-    assert logs == ["mkdir", "-p", "/shared/my run.launch"]
-    assert submit == ["sbatch", "--wait", "--partition=gpu"]
-    script = rest.split("\nEND")[0]
-    lines = [line.removeprefix("#SBATCH --") for line in script.splitlines() if "#SBATCH" in line]
-    options = dict(line.partition("=")[::2] for line in lines)
-    assert options["nodes"] == "4"
-    assert options["ntasks-per-node"] == options["gpus-per-node"] == "8"
-    assert options["signal"] == "TERM@120" and "requeue" in options
-    assert options["open-mode"] == "append"  # a requeued job goes on in the same log
-    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
-
-
-@pytest.mark.parametrize("launcher", [slurm, local_pod, supervise])
-def test_a_limit_of_no_start_is_refused(launcher, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        launcher.main(["--limit=0", "--", *TRAIN])
-    assert "--limit: must be 1 or more" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (2, False), (75, True), (137, False)])
-def test_slurm_script_requeues_what_was_preempted(tmp_path, capsys, code, requeued):
-    """The script itself, with srun and scontrol played by others."""
-    for name, body in {"srun": f"exit {code}", "scontrol": f'echo "$@" >{tmp_path}/log'}.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    _, rest = dry(slurm, capsys, "--limit=1")
-    script = rest.split("\nEND")[0].replace("'/shared/my run'", f"'{tmp_path}/run'", 1)
-    environment = os.environ | {
-        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
-        "SLURM_JOB_ID": "7",
-    }
-    done = subprocess.run(["bash"], input=script, text=True, env=environment, capture_output=True)
-    assert done.returncode == code, done.stderr
-    assert (tmp_path / "log").exists() == requeued
-    if requeued:
-        assert (tmp_path / "log").read_text() == "requeue 7\n"
-
-
-def test_local_pod_dry_run(capsys):
-    commands, _ = dry(local_pod, capsys, "--processes=2", "--devices=4")
-    for index, words in enumerate(commands):
-        environment = dict(word.split("=", 1) for word in words[:5])
-        assert environment == {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": "4",
-            "JAX_COORDINATOR_ADDRESS": "127.0.0.1:PORT",
-            "JAX_NUM_PROCESSES": "2",
-            "JAX_PROCESS_ID": str(index),
-        }
-        assert words[-len(TRAIN) :] == TRAIN and words[6:9] == ["-u", "-m", "instap_jax"]
-
-
-# --- names of slices
-
-
-@pytest.mark.parametrize(
-    ("name", "chips", "topology", "hosts"),
-    [
-        ("v5litepod-1", 1, "1x1", 1),
-        ("v5litepod-8", 8, "2x4", 1),
-        ("v5litepod-16", 16, "4x4", 4),
-        ("v5litepod-128", 128, "8x16", 32),
-        ("v6e-256", 256, "16x16", 64),
-        ("v5p-8", 4, "2x2x1", 1),
-        ("v5p-128", 64, "4x4x4", 16),
-        ("v5p-512", 256, "4x8x8", 64),
-        ("v4-32", 16, "2x2x4", 4),
-    ],
-)
-def test_slices_as_google_cloud_lists_them(name, chips, topology, hosts):
-    one = slices.slice_of(name)
-    assert (one.chips, one.topology, one.hosts) == (chips, topology, hosts)
-    # The launchers run without JAX and have a table of their own: the compiler's says the same.
-    assert "x".join(map(str, parse(name).shape)) == topology
-
-
-@pytest.mark.parametrize("name", ["v5litepod-2", "v5e-512", "v5p-7", "v6e-100", "v9-8", "v5p", ""])
-def test_what_is_no_slice_is_one_line(name, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        tpu.main([*TPU, f"--accelerator={name}", "--dry-run", "--", *TRAIN])
-    assert stopped.value.code == 2
-    assert name in capsys.readouterr().err.splitlines()[-1]
-
-
 @pytest.mark.parametrize("script", sorted(path.name for path in LAUNCH.glob("*.sh")))
 def test_shell_scripts_parse(script):
     assert subprocess.run(["bash", "-n", LAUNCH / script]).returncode == 0
@@ -476,18 +225,21 @@ def a_host(tmp_path):
     return call
 
 
-def test_host_says_its_checkpoints_and_its_exit_code(a_host, tmp_path):
+@pytest.mark.parametrize("flag", ["--workdir=", "--workdir "])
+def test_host_says_its_checkpoints_and_its_exit_code(a_host, tmp_path, flag):
+    folder = f"{tmp_path}/my run"
+    flags = [flag + folder] if flag.endswith("=") else [flag.strip(), folder]
     script = (
         "import sys, os\nprint(sys.argv[1:])\n"
-        "os.mkdir(sys.argv[-1][10:] + '/checkpoints/30')\nsys.exit(75)"
+        f"os.mkdir({folder!r} + '/checkpoints/30')\nsys.exit(75)"
     )
     (tmp_path / "my run" / "checkpoints" / "9").mkdir(parents=True)
     (tmp_path / "my run" / "checkpoints" / "20").mkdir()
-    run = a_host("run", "train", f"--workdir={tmp_path}/my run", script=script)
+    run = a_host("run", "train", *flags, "--n=1", script=script)
     lines = run.communicate()[0].splitlines()
     assert run.returncode == 75
     assert tpu._START.match(lines[0])[1] == "20"
-    assert lines[1].endswith(f"['train', '--workdir={tmp_path}/my run']")
+    assert lines[1].endswith(str(["train", *flags, "--n=1"]))
     assert tpu._EXIT.match(lines[2]).groups()[1:] == ("75", "30")
     assert str(tmp_path) in (tmp_path / "instap.log").read_text()
 
@@ -510,3 +262,45 @@ def test_host_ends_what_runs_when_asked_and_before_another_start(a_host, how):
     assert "exit code 75" in first.stdout.read()
     if how == "run":
         assert "second" in second.stdout.read()
+
+
+# --- the environment
+
+
+@pytest.fixture
+def install(tmp_path):
+    """Sources install.sh as slurm.py does, without `set -e`, where python and pip are scripts."""
+    shutil.copy(LAUNCH / "install.sh", tmp_path)
+    for name in ("setup.cfg", "constraints.txt"):
+        (tmp_path / name).touch()
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\ncase $1$2 in\n"
+        "  -mvenv) mkdir -p $3/bin; cp $0 $3/bin/python; [ -z $VENV_FAILS ] || exit 1\n"
+        '    echo "PATH=$3/bin:\\$PATH" >$3/bin/activate; echo venv >>log;;\n'
+        "  -mpip) echo pip >>log; [ -z $PIP_FAILS ] || exit 1;;\n"
+        "esac\n"
+    )
+    python.chmod(0o755)
+
+    def call(how="", **environment):
+        command = f"{how}cd {tmp_path} && EXTRAS='[cuda]' && . ./install.sh"
+        environment |= {"PATH": os.environ["PATH"], "PYTHON": f"{tmp_path}/python"}
+        environment["VENV"] = f"{tmp_path}/env"
+        done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True)
+        log = tmp_path / "log"
+        return done.returncode, log.read_text().split() if log.exists() else []
+
+    return call
+
+
+@pytest.mark.parametrize("how", ["", "set -euo pipefail; "])
+def test_an_installation_that_failed_is_made_again_and_one_that_passed_is_not(install, how):
+    assert install(how, PIP_FAILS="1", VENV_FAILS="") == (1, ["venv", "pip"])
+    for _ in range(2):
+        assert install(how, PIP_FAILS="", VENV_FAILS="") == (0, ["venv", "pip", "pip"])
+
+
+def test_an_environment_that_was_half_made_is_made_again(install):
+    assert install(VENV_FAILS="1", PIP_FAILS="") == (2, [])
+    assert install(VENV_FAILS="", PIP_FAILS="") == (0, ["venv", "pip"])
