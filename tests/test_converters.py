@@ -300,5 +300,8 @@ def test_command_prints_counts_and_refuses_what_it_must(tmp_path, capsys):
     assert "exists; name a new file" in capsys.readouterr().err
     assert main([*arguments, "--from=Visual-Genom"]) == 2
     assert "did you mean 'visual_genome'?" in capsys.readouterr().err
+    for place in (out / "x", "/proc/none/x", tmp_path / ("x" * 300)):  # none can be made
+        assert main([*arguments[:2], f"--out={place}", "--from=coco"]) == 2
+        assert f"--out {place}: cannot be written: " in capsys.readouterr().err.splitlines()[-1]
     assert main([*arguments[:2], f"--out={tmp_path / 'x'}", "--from=coco", "--split=A b"]) == 2
     assert "key 'split'" in capsys.readouterr().err

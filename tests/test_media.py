@@ -137,6 +137,43 @@ def test_every_colour_mode_becomes_rgb(tmp_path, mode):
     assert array.min() >= 250
 
 
+@pytest.mark.parametrize("name, dtype", [("a.png", "<u2"), ("a.tiff", "<u2"), ("a.tiff", ">u2")])
+def test_grey_of_16_bits_keeps_its_brightness(tmp_path, name, dtype):
+    grey = np.linspace(0, 65535, 24 * 60).reshape(24, 60).astype(dtype)
+    path = tmp_path / name
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn clockwise
+    Image.fromarray(grey).save(path, exif=exif)
+    array = media.read_image(path)
+    expected = np.rot90(np.round(grey / 257), -1)
+    np.testing.assert_array_equal(array, np.repeat(expected[..., None], 3, -1))
+    assert media.probe(path, Kind.IMAGE) == MediaInfo(1, 0.0, 60, 24)
+    assert media.read_image(path, 12).shape == (30, 12, 3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+def test_pixels_without_a_known_range_are_refused(tmp_path, dtype):
+    path = tmp_path / "a.tiff"
+    Image.fromarray(np.ones((7, 9), dtype)).save(path)
+    assert "32 bits" in reason(media.read_image, path)
+    assert "32 bits" in reason(media.probe, path, Kind.IMAGE)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tiff"])
+@pytest.mark.parametrize("orientation", [0, *range(1, 10), 255, 65535])
+def test_the_size_is_that_of_the_decoded_picture_whatever_exif_says(tmp_path, name, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    grey = np.arange(7 * 9, dtype=np.uint8).reshape(7, 9)
+    Image.fromarray(grey).save(tmp_path / name, exif=exif)
+    upright = [grey, grey[:, ::-1], grey[::-1, ::-1], grey[::-1]]
+    upright += [grey.T, np.rot90(grey, -1), grey[::-1, ::-1].T, np.rot90(grey)]
+    expected = upright[orientation - 1] if 1 <= orientation <= 8 else grey
+    np.testing.assert_array_equal(media.read_image(tmp_path / name)[..., 0], expected)
+    info = media.probe(tmp_path / name, Kind.IMAGE)
+    assert (info.height, info.width) == expected.shape
+
+
 def test_jpeg_round_trip():
     frame = np.full((33, 47, 3), (200, 40, 90), np.uint8)
     data = media.encode_jpeg(frame)

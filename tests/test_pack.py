@@ -1,9 +1,11 @@
 """Packing: records, shards, restart, rejects, and reading back."""
 
+import errno
 import fcntl
 import json
 import os
 import pickle
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -253,6 +255,45 @@ def test_damage_is_confined_to_the_records_it_hit(root, tmp_path):
         records.open_source(str(out), "train", Kind.VIDEO)
 
 
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture(scope="module")
+def many_shards(tmp_path_factory, root) -> Path:
+    lines = [image_line(f"{i}") for i in range(12)]
+    return pack(tmp_path_factory.mktemp("many"), root, lines, shard_size=1)
+
+
+def test_few_shards_are_open_at_once_over_all_sources(many_shards, monkeypatch):
+    monkeypatch.setattr(records, "_MAX_READERS", 3)
+    sources = [records.open_source(str(many_shards), "train", Kind.IMAGE) for _ in range(2)]
+    ids = [source[0].id for source in sources]  # whatever the library opens but once
+    before = descriptors()
+    in_use = sources[0]._reader(0)
+    for source in sources * 2:
+        assert len({source[i].id for i in range(12)}) == 12
+        assert descriptors() <= before + 3
+    assert len(in_use.read([0])) == 1  # another reader took its place; its user goes on
+    for index in (0, 1, 2, 0, 3):
+        assert sources[0].record_id(index)
+    assert set(sources[0]._readers) == {0, 2, 3} and not sources[1]._readers
+    assert ids[0] == ids[1]
+
+
+def test_too_many_open_files_are_no_fault_of_the_data(many_shards):
+    source = records.open_source(str(many_shards), "train", Kind.IMAGE)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    source[0]  # whatever the library opens but once
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors() + 2, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"too many open files; .* may open \d+: .*ulimit -n"):
+            list(source)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(list(source)) == 12
+
+
 # --- the same bytes, whatever happens ------------------------------------------------------------
 
 
@@ -361,6 +402,39 @@ def test_work_ends_as_soon_as_there_are_too_many_rejects(root, tmp_path, monkeyp
     with pytest.raises(builder.TooManyRejects):
         pack(tmp_path, root, missing, max_reject_rate=0.2, shard_size=2)
     assert len(begun) == 3  # 4 rejects are allowed
+
+
+def test_what_a_removal_leaves_is_taken_up_by_no_other_pack(root, tmp_path, monkeypatch):
+    def interrupted(path, **_):
+        if os.path.isdir(path):
+            os.remove(f"{path}/plan.json")
+            raise KeyboardInterrupt
+
+    good = [image_line(f"{i}") for i in range(6)]
+    first = [line | {"caption": "Grue."} for line in good[:5]] + [good[5] | {"media": "gone.jpg"}]
+    with monkeypatch.context() as patch:
+        patch.setattr(builder.shutil, "rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pack(tmp_path, root, first, shard_size=2, max_reject_rate=0)
+    out = pack(tmp_path, root, good, shard_size=2)
+    assert tree(out) == tree(pack(tmp_path, root, good, out="again", shard_size=2))
+    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "out", "again"}
+
+
+@pytest.mark.parametrize("lines", [LINES[:2], [*LINES[:2], *FAULTY]])
+def test_a_removal_that_fails_hides_nothing(root, tmp_path, monkeypatch, lines):
+    def nfs(path, **_):
+        opened = {os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")}
+        assert not any("/lock" in name for name in opened)  # else the file would stay there
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr(os, "rmdir", nfs)
+    if lines == LINES[:2]:
+        assert (pack(tmp_path, root, lines) / "manifest.json").exists()
+    else:
+        with pytest.raises(builder.TooManyRejects):
+            pack(tmp_path, root, lines)
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_split_emptied_by_rejects_is_an_error(root, tmp_path):

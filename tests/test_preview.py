@@ -1,6 +1,7 @@
 """Contact sheets: what is drawn where, and that nothing is half-written."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -192,8 +193,10 @@ def test_existing_output_and_other_faults_leave_nothing(annotated, tmp_path, cap
     before = names(tmp_path)
     path.write_text(path.read_text().splitlines()[2] + "\n")  # only the truncated clip
     for arguments, message in (
-        ((annotated, full), f"--out {full} exists and is not empty"),
-        ((annotated, path), "exists and is not empty"),
+        ((annotated, full), f"--out={full}: exists and is not an empty directory"),
+        ((annotated, path), "exists and is not an empty directory"),
+        ((annotated, path / "new"), "new: cannot be written: Not a directory"),
+        ((annotated, Path("/proc/new")), "--out=/proc/new: cannot be written: No such file"),
         ((annotated, tmp_path / "new"), "none of the 1 samples chosen could be drawn"),
         (((path, tmp_path / "none"), tmp_path / "new"), "none is not a directory"),
         (((tmp_path / "none", root), tmp_path / "new"), "cannot be read: No such file"),

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -478,6 +480,21 @@ def test_validate_over_processes_gives_the_same(tmp_path, capsys):
     code, _, error = validate(capsys, write(tmp_path / "a.jsonl", *lines), root)
     assert code == 2
     assert error.endswith(f"a.jsonl:71: media path 'link/x.jpg' leads out of the media root {root}")
+
+
+def test_a_line_is_never_read_whole_if_it_is_too_long(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(schema, "MAX_LINE_BYTES", 1 << 20)
+    path = write(tmp_path / "a.jsonl", image("a"), b"")
+    with path.open("ab") as file:
+        file.truncate(400 << 20)  # one endless line, without the disk space
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + (200 << 20), limit[1]))
+    try:
+        code, _, error = validate(capsys, path, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limit)
+    assert code == 2 and "a.jsonl:2: the line is longer than 1 MiB" in error
 
 
 def test_validate_refuses_a_faulty_file_or_root(tmp_path, capsys):

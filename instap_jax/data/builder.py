@@ -86,19 +86,23 @@ def pack(
     # Everything that decides the bytes of the shards.
     fingerprint = {"annotations": index.sha256, "media": os.path.realpath(media_root)}
     fingerprint |= settings | {"versions": _versions()}
-    with _claim(partial, fingerprint):
-        try:
-            reports = _write_all(tasks, index, processes, max_reject_rate)
-            _check_splits(reports, index)
-            index.check_unchanged()
-            manifest = _describe(f"{partial}/data", reports, index, settings, pack_id)
-            os.rename(f"{partial}/data", out)
-        except (OSError, WorkerDied) as error:
-            raise UserError(f"{error}; give the same command again to continue") from error
-        except UserError:
-            shutil.rmtree(partial)
-            raise
-        shutil.rmtree(partial)
+    try:
+        with _claim(partial, fingerprint):
+            try:
+                reports = _write_all(tasks, index, processes, max_reject_rate)
+                _check_splits(reports, index)
+                index.check_unchanged()
+                manifest = _describe(f"{partial}/data", reports, index, settings, pack_id)
+                os.rename(f"{partial}/data", out)
+            except (OSError, WorkerDied) as error:
+                raise UserError(f"{error}; give the same command again to continue") from error
+            except UserError:
+                _discard(partial)
+                raise
+            _discard(partial)
+    finally:
+        # Not before the lock is closed: NFS keeps the directory of an open file.
+        shutil.rmtree(_discarded(partial), ignore_errors=True)
     return manifest
 
 
@@ -129,6 +133,17 @@ def _claim(partial: str, fingerprint: dict[str, Any]) -> Iterator[None]:
         except OSError as error:
             raise UserError(f"cannot write to {partial!r}: {error.strerror}") from error
         yield
+
+
+def _discarded(partial: str) -> str:
+    return f"{partial}.removed"
+
+
+def _discard(partial: str) -> None:
+    """Takes the work away in one step: no later run takes up what a removal cut short leaves."""
+    with contextlib.suppress(OSError):  # then it stays as it is: whole, with its plan
+        shutil.rmtree(_discarded(partial), ignore_errors=True)
+        os.rename(partial, _discarded(partial))
 
 
 def _check_plan(path: str, fingerprint: dict[str, Any]) -> None:

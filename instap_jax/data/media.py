@@ -66,7 +66,8 @@ def probe(path: Path, kind: Kind) -> MediaInfo:
     if kind is Kind.IMAGE:
         with _reasons(), _open_still(path) as image:
             height, width = image.height, image.width
-            if image.getexif().get(0x0112, 1) >= 5:  # orientations 5-8 swap the sides
+            # These orientations swap the sides; of a TIFF file Pillow has swapped them already.
+            if image.getexif().get(0x0112) in (5, 6, 7, 8) and image.format != "TIFF":
                 height, width = width, height
             return MediaInfo(1, 0.0, height, width)
     with _reasons(), _open_clip(path) as clip:
@@ -166,10 +167,16 @@ def read_image(media: Path | bytes, short_side: int | None = None) -> np.ndarray
             size = _scaled(*size, short_side)
             # Lets the JPEG decoder skip detail that would be thrown away; never below `size`.
             image.draft(None, size)
-        image = image.convert("RGB")
+        image = _to_rgb(image)
         if image.size != size:
             image = image.resize(size, Image.Resampling.BICUBIC)
         return np.array(ImageOps.exif_transpose(image))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow would clip at 255 what goes up to 65,535
+        image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5)
+    return image.convert("RGB")
 
 
 def encode_jpeg(frame: np.ndarray, quality: int = 90) -> bytes:
@@ -329,12 +336,21 @@ def _open_clip(media: Path | bytes) -> Iterator[_Clip]:
         yield _Clip(container, stream)
 
 
-def _open_still(media: Path | bytes, formats: Sequence[str] = _STILLS) -> Image.Image:
+@contextlib.contextmanager
+def _open_still(media: Path | bytes, formats: Sequence[str] = _STILLS) -> Iterator[Image.Image]:
     if isinstance(media, Path) and not media.is_file():
         raise MediaError("not a file" if media.exists() else "no such file")
-    image = Image.open(media if isinstance(media, Path) else io.BytesIO(media), formats=formats)
-    _check_size(image.height, image.width, MAX_PIXELS)
-    return image
+    # Not Pillow's own open file: it maps an uncompressed one to memory, and takes the sides of a
+    # TIFF file that is to be turned by a quarter for each other.
+    file = media.open("rb") if isinstance(media, Path) else io.BytesIO(media)
+    with file, Image.open(file, formats=formats) as image:
+        _check_size(image.height, image.width, MAX_PIXELS)
+        if image.mode in ("I", "F"):
+            raise MediaError(
+                "pixels of 32 bits (integers or floats), whose range is unknown; convert the file "
+                "to 8 or 16 bits"
+            )
+        yield image
 
 
 def _check_size(height: int, width: int, pixels: int) -> None:

@@ -1,9 +1,7 @@
 """Contact sheets: frames of a sample with its boxes, ids and captions, for people to look at."""
 
 import functools
-import os
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -13,6 +11,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from instap_jax.aside import written_aside
 from instap_jax.data import media, schema
 from instap_jax.errors import UserError
 from instap_jax.types import Kind, Sample
@@ -154,17 +153,13 @@ def write_previews(
       How many were written.
 
     Raises:
-      UserError: a fault of the file, `out` is not empty, or nothing could be drawn.
+      UserError: a fault of the file, `out` is not empty or cannot be written, or nothing could be
+        drawn.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} exists and is not empty; name a new directory")
     if not root.is_dir():
         raise UserError(f"media root {root} is not a directory")
-    chosen = _choose(annotations, count, split)
-    out = out.absolute()
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
-    aside.mkdir(parents=True)
-    try:
+    with written_aside(out, "--out") as aside:
+        chosen = _choose(annotations, count, split)
         written = 0
         for sample in chosen:
             try:
@@ -177,9 +172,6 @@ def write_previews(
                 written += 1
         if not written:
             raise UserError(f"none of the {len(chosen)} samples chosen could be drawn")
-        os.replace(aside, out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return written
 
 

@@ -5,12 +5,17 @@ one kind and a loader never has to filter. `open_source` reads one split of one 
 """
 
 import bisect
+import collections
 import difflib
+import errno
 import functools
 import itertools
 import json
 import math
 import os
+import resource
+import threading
+import weakref
 import zlib
 from typing import Any
 
@@ -43,6 +48,10 @@ FEATURES = tfds.features.FeaturesDict(
 _MAX_INFLATED = 1 << 27  # bytes; `pack` stores no more than half of it
 
 _SERIALIZER = ExampleSerializer(FEATURES.get_serialized_info())
+
+# Readers open at once in a process, over all its sources: each holds a file descriptor, and a soft
+# limit of 1,024 is usual.
+_MAX_READERS = 256
 
 # The textual fields of a Record, in the order they are written.
 _SCALARS = ("id", "media", "source", "encoding", "fps")
@@ -211,6 +220,7 @@ class RecordSource:
           CorruptRecordError: the bytes of this record (or of its whole shard) are damaged, or
             missing, or those of another record (see its subclasses).
           IndexError: `index` is not in [0, len).
+          UserError: the process may open no more files, which says nothing about the record.
         """
         if not 0 <= index < self._length:
             raise IndexError(f"record {index} of {self._length} in {self!r}")
@@ -221,6 +231,7 @@ class RecordSource:
         except MissingRecordError as error:
             raise MissingRecordError(f"{self.record_name(index)}: {error}") from error
         except Exception as error:  # whatever the readers below us make of damaged bytes
+            _check_limit(error, self.record_name(index))
             raise CorruptRecordError(f"{self.record_name(index)}: {error}") from error
         # Sets that were packed before records knew their place have no `pack` in the manifest.
         if self._pack is not None:
@@ -252,6 +263,7 @@ class RecordSource:
             reader = self._readers[shard] = array_record_module.ArrayRecordReader(
                 self._path(shard), options="readahead_buffer_size:0", file_reader_buffer_size=32768
             )
+        _drop_oldest(self, shard)
         return reader
 
     def _path(self, shard: int) -> str:
@@ -278,6 +290,37 @@ class RecordSource:
     def __repr__(self) -> str:
         # Stable from run to run: grain compares it when it restores a data position.
         return f"RecordSource({self.directory!r}, {self.split!r}, {self.kind.value!r})"
+
+
+# (source, shard) of the open readers of all sources, the one used longest ago first.
+_recent: collections.OrderedDict[tuple[weakref.ref, int], None] = collections.OrderedDict()
+_recent_lock = threading.Lock()  # never held during input or output, which may hang
+
+
+def _drop_oldest(source: RecordSource, shard: int) -> None:
+    """Notes that a reader was used, and lets go of those used longest ago.
+
+    They are not closed: the last reference does it, so that a thread which still reads can finish.
+    """
+    key = weakref.ref(source), shard
+    dropped = []  # goes only after the lock
+    with _recent_lock:
+        _recent[key] = None
+        _recent.move_to_end(key)
+        while len(_recent) > _MAX_READERS:
+            (reference, old), _ = _recent.popitem(last=False)
+            owner = reference()
+            dropped += [owner, None if owner is None else owner._readers.pop(old, None)]
+
+
+def _check_limit(error: Exception, record: str) -> None:
+    """Raises UserError if a read has failed because no more files may be open."""
+    if os.strerror(errno.EMFILE) in str(error):
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        raise UserError(
+            f"cannot read {record}: too many open files; this process may open {limit}: raise "
+            "the limit with `ulimit -n`"
+        ) from error
 
 
 def open_source(

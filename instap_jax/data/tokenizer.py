@@ -108,7 +108,7 @@ class SentencePieceTokenizer(_Base):
 class WordPieceTokenizer(_Base):
     """A BERT vocab.txt, lower-cased, as `transformers.BertTokenizer` reads it (BERT uncased).
 
-    Raises ValueError on bytes that are no such vocabulary.
+    Raises ValueError on bytes that are no such vocabulary, a cased one among them.
     """
 
     def __init__(self, data: bytes):
@@ -116,6 +116,7 @@ class WordPieceTokenizer(_Base):
         missing = [piece for piece in SPECIAL_PIECES if piece not in vocab]
         if missing:
             raise ValueError(f"it has no {missing[0]} line")
+        _check_uncased(vocab)
         super().__init__(
             kind="wordpiece",
             data=data,
@@ -233,6 +234,21 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
             f"cannot make a vocabulary of {vocab_size} from {len(sentences)} lines: {why}"
         ) from error
     return out.getvalue()
+
+
+def _check_uncased(vocab: dict[str, int]) -> None:
+    """Raises ValueError on a word that no text can give: texts are lower-cased.
+
+    Exempt are special tokens, and single characters: vocabularies that are lower-cased may keep a
+    few (BERT's Chinese one: 8), and lose no word by that.
+    """
+    for piece, row in vocab.items():
+        special = piece[:1] + piece[-1:] in ("[]", "<>")
+        if piece != piece.lower() and len(piece) > 1 and not special:
+            raise ValueError(
+                f"it is cased ({piece!r} on line {row + 1}), but texts are lower-cased here; an "
+                "uncased vocabulary is needed, with the weights that belong to it"
+            )
 
 
 def _parse_vocab(data: bytes) -> dict[str, int]:

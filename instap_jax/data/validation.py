@@ -1,17 +1,16 @@
 """Checks a whole annotation file against its media, and counts what it holds."""
 
 import collections
-import concurrent.futures
 import dataclasses
-import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from instap_jax.data import media, schema
 from instap_jax.data.captions import split_sentences
-from instap_jax.data.processes import SAMPLE_SECONDS, exit_after, exit_with_parent
+from instap_jax.data.processes import SAMPLE_SECONDS, exit_after, pool
 from instap_jax.errors import UserError
 from instap_jax.types import Kind, Sample
 
@@ -90,10 +89,14 @@ def validate(
 
 
 def count_lines(path: Path) -> int:
-    """Number of samples of an annotation file, without parsing it; 0 if it cannot be read."""
+    """Number of samples of an annotation file, without parsing it; 0 if it cannot be read.
+
+    Raises:
+      UserError: a line is longer than `schema.MAX_LINE_BYTES`.
+    """
     try:
         with path.open("rb") as lines:
-            return sum(1 for line in lines if line.strip())
+            return sum(1 for line in schema.lines_of(lines, path) if line.strip())
     except OSError:
         return 0
 
@@ -126,11 +129,8 @@ def _examined(annotations: Path, root: Path) -> Iterator[_Examined]:
         yield from (_examine(*job) for job in jobs)
         return
     workers = len(os.sched_getaffinity(0))
-    # spawn: a fork of a process that has threads (a decoder's, JAX's) can hang.
-    with concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=exit_with_parent
-    ) as pool:
-        yield from _in_order(pool, jobs, window=8 * workers)
+    with pool(workers) as submit:
+        yield from _in_order(submit, jobs, window=8 * workers)
 
 
 def _jobs(annotations: Path, root: Path) -> Iterator[tuple[Sample, Path]]:
@@ -159,13 +159,13 @@ def _examine(sample: Sample, path: Path) -> _Examined:
 
 
 def _in_order(
-    pool: concurrent.futures.Executor, jobs: Iterable[tuple[Sample, Path]], window: int
+    submit: Callable[..., Future], jobs: Iterable[tuple[Sample, Path]], window: int
 ) -> Iterator[_Examined]:
-    """`pool.map` that reads no more than `window` jobs ahead: a file may hold millions."""
+    """An ordered `map` that reads no more than `window` jobs ahead: a file may hold millions."""
     pending: collections.deque = collections.deque()
     try:
         for job in jobs:
-            pending.append((job[0].line, pool.submit(_examine_in_process, *job)))
+            pending.append((job[0].line, submit(_examine_in_process, *job)))
             if len(pending) >= window:
                 yield pending.popleft()[1].result()
         while pending:
@@ -176,6 +176,3 @@ def _in_order(
             f"a process died while decoding the media of one of the lines {lines} (out of "
             f"memory, or a file that crashes the decoder or keeps it for {SAMPLE_SECONDS} s)"
         ) from error
-    finally:
-        for _, future in pending:
-            future.cancel()

@@ -1,11 +1,16 @@
 """Shards in parallel: a pool of processes that can be stopped and that never outlives its owner."""
 
 import multiprocessing
-import signal
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 
-from instap_jax.data.processes import SAMPLE_SECONDS, exit_after, exit_with_parent
+from instap_jax.data.processes import (
+    SAMPLE_SECONDS,
+    exit_after,
+    exit_with_parent,
+    ignore_interrupts,
+    interrupts_held,
+)
 from instap_jax.data.shard import Task, write_shard
 from instap_jax.progress import Progress
 
@@ -70,7 +75,8 @@ def write_shards(
     link = _Link(context, processes)
     pool = futures.ProcessPoolExecutor(processes, context, initializer=_enter, initargs=(link,))
     try:
-        pending = {pool.submit(_work, task): task for task in tasks}
+        with interrupts_held():  # the processes start here
+            pending = {pool.submit(_work, task): task for task in tasks}
         shown = 0
         while pending:
             finished, _ = futures.wait(pending, 0.2, futures.FIRST_COMPLETED)
@@ -99,8 +105,7 @@ def _enter(link: _Link) -> None:
     global _link
     _link = link
     link.enter()
-    # Ctrl-C reaches the whole process group; the main process tells the workers to stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_interrupts()
     exit_with_parent()
 
 

@@ -5,6 +5,7 @@ A converter reads a `Request` and yields JSON objects of the schema (docs/annota
 """
 
 import collections
+import contextlib
 import difflib
 import json
 import os
@@ -52,23 +53,27 @@ def convert_file(
       `request.left_out`.
 
     Raises:
-      UserError: a fault of the input, or `out` exists, or nothing was converted.
+      UserError: a fault of the input, or `out` exists or cannot be written, or nothing was
+        converted.
     """
     convert = converter(name)
-    if out.exists():
-        raise UserError(f"--out {out} exists; name a new file")
     if not request.input.exists():
         raise UserError(f"--input {request.input} does not exist")
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f".{out.name}.{os.getpid()}")
     try:
+        if out.exists():
+            raise UserError(f"--out {out} exists; name a new file")
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
         with aside.open("w", encoding="utf-8") as lines:
             counts = _write(lines, convert(request), request, on_sample)
         if not counts["samples"]:
             raise UserError(f"{request.input}: nothing to convert{_left_out(request)}")
         os.replace(aside, out)
+    except OSError as error:  # the converters have turned theirs into UserErrors
+        raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from error
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
     return counts
 
 

@@ -1,15 +1,16 @@
 """The embedded set as a directory: suites drawn by several processes, written aside, renamed."""
 
+import collections
 import contextlib
 import functools
 import json
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from instap_jax.aside import written_aside
-from instap_jax.data.processes import exit_with_parent
+from instap_jax.data.processes import pool
 from instap_jax.data.schema import sample_to_json
 from instap_jax.data.synthetic.samples import Drawn, Format, Suite, draw_sample
 from instap_jax.errors import UserError
@@ -114,7 +115,7 @@ def _draw_all(
     tasks = [(suite, index) for suite in parts for index in range(suite.count)]
     draw = functools.partial(_draw_task, root, form, seed)
     used: dict[str, set] = {suite.split: set() for suite in parts}
-    with _pool(processes, len(tasks)) as mapping:
+    with _mapping(processes, len(tasks)) as mapping:
         for (suite, index), drawn in zip(tasks, mapping(draw, tasks)):
             keys = used[suite.split]
             while drawn is not None and (
@@ -134,16 +135,31 @@ def _draw_task(root: Path, form: Format, seed: int, task: tuple[Suite, int]) -> 
     return draw_sample(root, task[0], form, seed, task[1])
 
 
+def _draw_chunk(
+    draw: Callable[[tuple[Suite, int]], Drawn | None], tasks: Sequence[tuple[Suite, int]]
+) -> list[Drawn | None]:
+    return [draw(task) for task in tasks]
+
+
 @contextlib.contextmanager
-def _pool(processes: int, tasks: int):
+def _mapping(processes: int, tasks: int):
     """An ordered `map` over this many processes."""
     if processes == 1 or tasks <= _CHUNK:
         yield map
         return
-    # Spawned, not forked: the caller may have threads (a test that has imported JAX has).
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, context, initializer=exit_with_parent)
+    with pool(processes) as submit:
+        yield functools.partial(_in_order, submit)
+
+
+def _in_order(
+    submit: Callable[..., Future], draw: Callable, tasks: Sequence[tuple[Suite, int]]
+) -> Iterator[Drawn | None]:
+    chunks = (tasks[i : i + _CHUNK] for i in range(0, len(tasks), _CHUNK))
     try:
-        yield functools.partial(pool.map, chunksize=_CHUNK)
-    finally:
-        pool.shutdown(cancel_futures=True)
+        pending = collections.deque(submit(_draw_chunk, draw, chunk) for chunk in chunks)
+        while pending:
+            yield from pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that renders died (out of memory, or killed); try fewer --processes"
+        ) from error
