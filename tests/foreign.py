@@ -14,15 +14,17 @@ torch.set_num_threads(1)
 WIDTH, DEPTH, HEADS, PATCH, PROJECTION = 128, 3, 2, 7, 12
 
 
-def clip_model(image_size: int = 28) -> transformers.CLIPModel:
-    """Hugging Face's, with 2 heads of 64 channels, as OpenAI's layout takes for granted."""
+def clip_model(
+    image_size: int = 28, *, heads: int = HEADS, width: int = WIDTH
+) -> transformers.CLIPModel:
+    """Hugging Face's, by default with heads of 64 channels, as all of OpenAI's have."""
     torch.manual_seed(0)
     text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 50}
     vision = {
-        "hidden_size": WIDTH,
-        "intermediate_size": 2 * WIDTH,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
         "num_hidden_layers": DEPTH,
-        "num_attention_heads": HEADS,
+        "num_attention_heads": heads,
         "image_size": image_size,
         "patch_size": PATCH,
     }
@@ -65,6 +67,31 @@ def openai_weights(model: transformers.CLIPModel) -> dict[str, torch.Tensor]:
     numbers = {"input_resolution": 28, "context_length": 77, "vocab_size": 50}
     state |= {name: torch.tensor(value) for name, value in numbers.items()}
     return {name: tensor.detach().contiguous() for name, tensor in state.items()}
+
+
+def open_clip_config(head_width: int = WIDTH // HEADS, **vision) -> dict:
+    """open_clip_config.json of `clip_model`, as models on the hub have it, with these changes."""
+    return {
+        "model_cfg": {
+            "embed_dim": PROJECTION,
+            "quick_gelu": True,
+            "vision_cfg": {
+                "image_size": 28,
+                "layers": DEPTH,
+                "width": WIDTH,
+                "head_width": head_width,
+                "mlp_ratio": 2.0,
+                "patch_size": PATCH,
+            }
+            | vision,
+            "text_cfg": {"context_length": 4, "vocab_size": 50, "width": 16, "heads": 2},
+        },
+        "preprocess_cfg": {
+            "mean": [0.48145466, 0.4578275, 0.40821073],
+            "std": [0.26862954, 0.26130258, 0.27577711],
+            "resize_mode": "squash",
+        },
+    }
 
 
 def bert_model(kind: type = transformers.BertForMaskedLM) -> nn.Module:

@@ -139,15 +139,20 @@ def load_teacher(directory: Path):
     return nnx.merge(graphdef, params)
 
 
+def clip_config(size: int = 28):
+    """That `foreign.clip_model` fits, its picture `size` pixels a side."""
+    config = tiny_config("teacher")
+    sizes = {"width": 128, "depth": 3, "heads": 2, "patch": 7, "projection": 12}
+    config.teacher.update(mlp_ratio=2.0, image_size=size, **sizes)
+    return config
+
+
 @pytest.mark.parametrize("size", [28, 21])
 def test_clip_equals_hugging_face(tmp_path, size):
     """Trained at 28 px; the teacher runs at that size, or at a smaller one."""
     theirs = foreign.clip_model()
     theirs.save_pretrained(tmp_path / "hf")
-    config = tiny_config("teacher")
-    sizes = {"width": 128, "depth": 3, "heads": 2, "patch": 7, "projection": 12}
-    config.teacher.update(mlp_ratio=2.0, image_size=size, **sizes)
-    report = convert("clip", tmp_path / "hf", tmp_path / "out", given(config))
+    report = convert("clip", tmp_path / "hf", tmp_path / "out", given(clip_config(size)))
     side = size // 7
     if side != 4:
         with torch.no_grad():  # as UMT's clip.py
@@ -176,14 +181,13 @@ def test_clip_equals_hugging_face(tmp_path, size):
 
 @pytest.mark.parametrize("name", ["openai.pt", "extracted.pth", "hf.bin"])
 def test_every_layout_of_a_clip_gives_the_same(clips, tmp_path, name):
-    if name == "hf.bin":  # no config.json beside: heads are taken for granted, and said so
-        report = convert("clip", clips / name, tmp_path / "out", None)
-        assert "teacher.heads=2" in report.assumed
-    else:
-        report = convert("clip", clips / name, tmp_path / "out", None)
-        assert report.sizes["teacher.heads"] == 2
-    convert("clip", clips / "hf", tmp_path / "reference", None)
-    assert config_check.read(tmp_path / "out").teacher.image_size == 98  # 14 patches a side
+    report = convert("clip", clips / name, tmp_path / "out", given(clip_config(98)))
+    # Nothing beside the file says these.
+    assert report.assumed == ("teacher.heads=2", "activation quick_gelu")
+    assert "teacher.heads" not in report.sizes
+    report = convert("clip", clips / "hf", tmp_path / "reference", None)
+    assert report.sizes["teacher.heads"] == 2 and report.assumed == ("teacher.image_size=98",)
+    assert config_check.read(tmp_path / "reference").teacher.image_size == 98  # 14 patches a side
     ours, reference = (leaves(nnx.state(load_teacher(tmp_path / d))) for d in ("out", "reference"))
     assert ours.keys() == reference.keys()
     for path, value in ours.items():
@@ -191,7 +195,7 @@ def test_every_layout_of_a_clip_gives_the_same(clips, tmp_path, name):
 
 
 def test_a_clip_report_accounts_for_every_tensor(clips, tmp_path):
-    report = convert("clip", clips / "openai.pt", tmp_path / "out", None)
+    report = convert("clip", clips / "openai.pt", tmp_path / "out", given(clip_config(98)))
     state = foreign.openai_weights(foreign.clip_model())
     written = json.loads((tmp_path / "out" / "convert_report.json").read_text())
     entries = {entry["name"]: entry for entry in written["entries"]}

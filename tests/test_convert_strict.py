@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import save_file
+from test_convert import align_config, clip_config, given
 
 from instap_jax import main
 from instap_jax.errors import UserError
@@ -32,7 +33,7 @@ def refused(path, *words, kind="clip"):
     """The one line that a conversion of `path` ends in; nothing is left behind."""
     before = sorted(path.parent.iterdir()) if path.parent.exists() else None
     with pytest.raises(UserError) as fault:
-        convert(kind, path, path.parent / "out", None)
+        convert(kind, path, path.parent / "out", given(clip_config()))
     assert (sorted(path.parent.iterdir()) if path.parent.exists() else None) == before
     line = str(fault.value)
     assert "\n" not in line and str(path.name) in line, line
@@ -204,8 +205,6 @@ def bert_state(tmp_path, change):
 
 
 def test_tied_tensors_must_be_equal_and_may_be_missing(tmp_path):
-    from test_convert import align_config, given
-
     def run(change, out):
         path = bert_state(tmp_path, change)
         return convert("bert", path, tmp_path / out, given(align_config()))

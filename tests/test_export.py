@@ -10,19 +10,23 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from ml_collections import ConfigDict
 from safetensors import safe_open
 from tiny import tiny_config
 from torch_export import make_pair, to_torch, write_run, write_words
 
-from instap_jax import main
+from instap_jax import config_check, main
 from instap_jax.config_check import LoadedConfig
 from instap_jax.data.tokenizer import train_sentencepiece
-from instap_jax.interop import instap, torch_model
-from instap_jax.interop.export import export
+from instap_jax.errors import UserError
+from instap_jax.interop import instap, reading, torch_model, umt
+from instap_jax.interop.export import describe, export
 from instap_jax.interop.importing import convert
 from instap_jax.interop.keys import leaves
+from instap_jax.interop.reading import Weights
 from instap_jax.interop.safetensors_file import SafetensorsWriter
 from instap_jax.train.checkpoint import StoredParams
+from instap_jax.train.objectives import term_weights
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +107,105 @@ def test_back_bit_for_bit(pair, exported, tmp_path, capsys):
         assert (tmp_path / "again" / name).read_bytes() == (exported / name).read_bytes()
     files = (exported / "config.json", tmp_path / "again" / "config.json")
     first, again = (json.loads(file.read_text()) for file in files)
+    assert first["trained"]["terms"] == again["trained"]["terms"]
     assert first | {"trained": 0} == again | {"trained": 0}
+
+
+# Terms without weight -> those that the export says it was trained by.
+ABLATIONS = {
+    ("vtm", "inst_vtm"): ["rec", "vtc", "mlm", "inst_vtc", "inst_mlm"],
+    ("inst_vtc",): ["rec", "vtc", "vtm", "mlm", "inst_vtm", "inst_mlm"],
+    ("instance",): ["rec", "vtc", "vtm", "mlm"],
+    (): ["rec", "vtc", "vtm", "mlm", "inst_vtc", "inst_vtm", "inst_mlm"],
+}
+
+
+def without_terms(*terms: str, **text: int) -> ConfigDict:
+    """All terms but these, whose weight is 0."""
+    config = tiny_config("stage2", **dict.fromkeys(config_check.WEIGHTS, 0.5))
+    config.align.update(dict.fromkeys(terms, 0.0))
+    config.text.update(vocab_size=320, depth=3, fusion_layers=1)
+    config.text.update(text)
+    return config
+
+
+def described(directory: Path, config: ConfigDict, **trained) -> Weights:
+    """An export as its import's plan sees it: the description, and names and shapes."""
+    content = describe(config, 7)
+    content["trained"] |= trained
+    (directory / "config.json").write_text(json.dumps(content))
+    path = directory / "model.safetensors"
+    shapes = {k: tuple(v.shape) for k, v in to_torch(make_pair(config).params).items()}
+    return Weights(path, shapes, read=None)
+
+
+@pytest.mark.parametrize("absent", ABLATIONS)
+def test_an_import_uses_no_head_that_was_not_trained(tmp_path, absent):
+    config = without_terms(*absent)
+    plan = instap.plan(described(tmp_path, config), None)
+    terms = ABLATIONS[absent]
+    assert describe(config, 7)["trained"]["terms"] == terms == list(term_weights(config))
+    assert list(term_weights(plan.config)) == terms
+    config_check.check(plan.config)
+    assert all(plan.sizes[f"align.{term}"] == 0 for term in absent if term != "instance")
+    assert not any("trained" in what for what in plan.assumed)
+    assert describe(plan.config, 7) | {"trained": 0} == describe(config, 7) | {"trained": 0}
+    # The configuration that the run had fits.
+    assert list(term_weights(instap.plan(described(tmp_path, config), config).config)) == terms
+
+
+def test_a_configuration_must_not_use_an_untrained_head(tmp_path):
+    weights = described(tmp_path, without_terms("vtm", "inst_vtm"))
+    with pytest.raises(UserError) as error:
+        instap.plan(weights, without_terms("mlm"))
+    assert str(error.value) == (
+        f"{weights.path} was not trained by vtm, inst_vtm, to which the configuration gives "
+        "weight; add --config.align.vtm=0 --config.align.inst_vtm=0"
+    )
+
+
+def test_terms_of_an_export_that_does_not_name_them_are_assumed(tmp_path):
+    """Exports of before: as they were read then, and said."""
+    cases = {(): ABLATIONS[()], ("inst_vtc", "vtm"): ["rec", "vtc", "vtm", "mlm"]}
+    for absent, terms in cases.items():
+        config = without_terms(*absent)
+        plan = instap.plan(described(tmp_path, config, terms=None), None)
+        assert list(term_weights(plan.config)) == terms
+        line = f"trained by {', '.join(terms)}: the file does not say by which terms"
+        assert line in plan.assumed
+    for damaged in ("vtm", [], ["vtm", "vtx"], [["vtm"]], 3):
+        weights = described(tmp_path, config, terms=damaged)
+        with pytest.raises(UserError, match=r"config\.json: trained\.terms is .*, not a list"):
+            instap.plan(weights, None)
+
+
+def test_umt_and_back_knows_the_terms(tmp_path, capsys):
+    config = without_terms("vtm", "inst_vtm", vocab_size=60, max_length=40)
+    run = write_run(tmp_path / "run", config, make_pair(config).params)
+    assert main.main(["convert", "--to=umt", f"--input={run}", f"--output={tmp_path}/umt"]) == 0
+    names = {path.name for path in (tmp_path / "umt").iterdir()}
+    assert names == {
+        "convert_report.json", "instap_config.json", "instap_extra.pth", "umt.pth",
+    }  # fmt: skip
+    back = ["convert", "--from=umt", f"--input={tmp_path}/umt/umt.pth"]
+    assert main.main([*back, f"--output={tmp_path}/back"]) == 0
+    assert "align.vtm=0.0" in (printed := capsys.readouterr().out)
+    assert "trained by" not in printed
+    assert list(term_weights(config_check.read(tmp_path / "back"))) == ["rec", "vtc", "mlm"]
+    # The run's own configuration fits; one that would re-rank does not.
+    weights = reading.open_weights(tmp_path / "umt" / "umt.pth")
+    assert list(term_weights(umt.plan(weights, config).config)) == ["rec", "vtc", "mlm"]
+    config.align.vtm = 1.0
+    with pytest.raises(UserError, match="was not trained by vtm, to which the configuration gives"):
+        umt.plan(weights, config)
+    (tmp_path / "umt" / "instap_config.json").write_text('{"trained": {"terms": ["inst_vtc"]}}')
+    with pytest.raises(UserError, match="only terms of instances have weight, and UMT embeds none"):
+        umt.plan(weights, None)
+    # UMT's own file, without a word of it: as UMT trains.
+    (tmp_path / "umt" / "instap_config.json").unlink()
+    plan = umt.plan(weights, None)
+    assert list(term_weights(plan.config)) == ["rec", "vtc", "vtm", "mlm"]
+    assert "trained by rec, vtc, vtm, mlm: the file does not say by which terms" in plan.assumed
 
 
 def test_umt_gets_its_own_keys_and_ours_beside(tmp_path, capsys):

@@ -130,6 +130,28 @@ def test_config_faults(tmp_path, model):
     assert "not set" in fault()
 
 
+def with_words(tmp_path, *words: str) -> ConfigDict:
+    path = tmp_path / "more.txt"
+    path.write_text("\n".join([*VOCAB, *words]), encoding="utf-8")
+    return ConfigDict({"kind": "wordpiece", "path": str(path), "length": 32})
+
+
+@pytest.mark.parametrize("word", ["London", "##S", "McDonald", "Été"])
+def test_a_cased_vocabulary_is_refused(tmp_path, word):
+    with pytest.raises(UserError) as error:
+        load_tokenizer(with_words(tmp_path, "london", word))
+    message = str(error.value)
+    assert f"it is cased ({word!r} on line {len(VOCAB) + 2})" in message
+    assert "more.txt" in message and "an uncased vocabulary is needed" in message
+    assert "\n" not in message
+
+
+def test_upper_case_that_loses_no_word_is_borne(tmp_path):
+    """As bert-base-uncased has it, and bert-base-chinese, which is lower-cased too."""
+    words = ["[unused99]", "[Entity]", "<S>", "Ⅻ", "Ｉ", "ℝ", "##ℝ", "ᴬ"]
+    assert load_tokenizer(with_words(tmp_path, *words)).vocab_size == len(VOCAB) + len(words)
+
+
 def test_text_encoder_must_hold_the_vocabulary(wordpiece):
     check_vocab_size(wordpiece, len(VOCAB))
     with pytest.raises(UserError, match=rf"at least {len(VOCAB)}"):

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from instap_jax.config import default
 from instap_jax.errors import UserError
+from instap_jax.interop import open_clip
 from instap_jax.interop.keys import (
     CONVOLUTION_2D,
     HEADS,
@@ -59,7 +60,11 @@ HUGGING_FACE_IGNORED = {
     "text_projection.": _TEXT,
     "logit_scale": _SCALE,
 }
-CHANNELS = 64  # of an attention head in every CLIP of OpenAI, whose files do not say
+# Of OpenAI's vision transformers, whose files do not say: channels of an attention head, in models
+# of these widths. open_clip has others in the same layout.
+CHANNELS = 64
+WIDTHS = (768, 1024)
+ACTIVATION = "activation quick_gelu"
 
 
 def openai_table(shapes: Mapping[str, Shape], *, theirs: str = "visual.") -> Table:
@@ -137,9 +142,12 @@ def plan(weights: Weights, config: ConfigDict | None) -> Plan:
         hidden=f"{theirs}transformer.resblocks.0.mlp.c_fc.weight",
     )
     sizes["teacher.projection"] = dimensions(weights, f"{theirs}proj", 2)[1]
-    sizes["teacher.heads"] = max(sizes["teacher.width"] // CHANNELS, 1)
+    heads = open_clip.heads(weights, sizes)
+    said = read_config(weights.path) or {}
+    if heads is None and "vision_config" in said:  # of the same model in Hugging Face's layout
+        heads = _check_said(weights, said)
     return _plan(
-        weights, config, "clip (OpenAI)", sizes, {}, f"{theirs}positional_embedding",
+        weights, config, "clip (OpenAI)", sizes, heads, f"{theirs}positional_embedding",
         lambda shapes: openai_table(shapes, theirs=theirs),
     )  # fmt: skip
 
@@ -160,14 +168,10 @@ def _hugging_face(weights: Weights, config: ConfigDict | None) -> Plan:
     )
     sizes["teacher.projection"] = dimensions(weights, "visual_projection.weight", 2)[0]
     said = read_config(weights.path)
-    guesses = {}
-    if said is None:
-        guesses["teacher.heads"] = max(sizes["teacher.width"] // CHANNELS, 1)
-    else:
-        sizes["teacher.heads"] = _check_said(weights, said)
+    heads = None if said is None else _check_said(weights, said)
     positions = "vision_model.embeddings.position_embedding.weight"
     kind = "clip (Hugging Face)"
-    return _plan(weights, config, kind, sizes, guesses, positions, hugging_face_table)
+    return _plan(weights, config, kind, sizes, heads, positions, hugging_face_table)
 
 
 def _check_said(weights: Weights, said: dict[str, Any]) -> int:
@@ -195,7 +199,31 @@ def _sizes(weights: Weights, *, kernel: str, blocks: str, hidden: str) -> dict[s
     }
 
 
-def _plan(weights, config, kind: str, sizes, guesses, positions: str, make_table) -> Plan:
+def _guess_heads(weights: Weights, config: ConfigDict | None, width: int) -> int:
+    """Heads, of a file without a description; a given configuration overrides the guess.
+
+    Raises:
+      UserError: there is none, and the width is none of OpenAI's.
+    """
+    if config is None and width not in WIDTHS:
+        raise UserError(
+            f"{weights.path}: width {width} is none of OpenAI's ({', '.join(map(str, WIDTHS))}), "
+            "whose heads and activation are known; put its open_clip_config.json (Hugging Face: "
+            "config.json) beside it, or give --config=FILE with teacher.heads"
+        )
+    return max(width // CHANNELS, 1)
+
+
+def _plan(weights, config, kind: str, sizes, heads, positions: str, make_table) -> Plan:
+    """Args:
+    heads: as a file beside the weights says, which then says the activation too; or None.
+    """
+    guesses, taken = {}, ()
+    if heads is None:
+        guesses["teacher.heads"] = _guess_heads(weights, config, sizes["teacher.width"])
+        taken = (ACTIVATION,)
+    else:
+        sizes["teacher.heads"] = heads
     if config is None:
         # As many patches a side as the student has: UMT feeds ViT-L/14 196 px and ViT-B/16 224.
         vision = default().vision
@@ -214,7 +242,7 @@ def _plan(weights, config, kind: str, sizes, guesses, positions: str, make_table
         draw=False,
         resized=_resized(weights, positions, fitted),
         sizes=sizes,
-        assumed=assumed(fitted, guesses),
+        assumed=assumed(fitted, guesses) + taken,
     )
 
 

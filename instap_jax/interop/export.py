@@ -39,8 +39,9 @@ def export(workdir: Path, out: Path, *, layout: str) -> list[Entry]:
       out: directory to be made.
       layout: 'torch': `model.safetensors`, `config.json`, the tokenizer's file and
         `torch_model.py`, whose `InstAP.from_pretrained` opens the directory. 'umt': `umt.pth`,
-        which loads strictly into UMT's `UMT` module (without its `clip_teacher`), and
-        `instap_extra.pth`, what UMT has no place for; needs torch.
+        which loads strictly into UMT's `UMT` module (without its `clip_teacher`),
+        `instap_extra.pth`, what UMT has no place for, and `instap_config.json`, by what it was
+        trained; needs torch.
 
     Returns:
       Every tensor written, by its name in the file.
@@ -69,6 +70,8 @@ def export(workdir: Path, out: Path, *, layout: str) -> list[Entry]:
             shutil.copyfile(Path(__file__).with_name(MODULE), aside / MODULE)
             name = instap.TOKENIZER_FILES[config.tokenizer.kind]
             shutil.copyfile(config.tokenizer.path, aside / name)
+        else:
+            _write_json(aside / umt.DESCRIPTION, {"trained": _trained(config, step)})
         content = {"source": str(workdir), "step": step, "totals": totals(written)}
         _write_json(aside / REPORT, content | {"entries": as_json(written)})
     return written
@@ -104,7 +107,17 @@ def describe(config: ConfigDict, step: int) -> dict:
             "instance": "box to crop_size x crop_size",
             "filter": "antialiased bilinear",
         },
-        "trained": {"step": step, "frames": config.data.frames, "dtype": config.compute.dtype},
+        "trained": _trained(config, step),
+    }
+
+
+def _trained(config: ConfigDict, step: int) -> dict:
+    """How the parameters came about. `terms`: an import uses no head that none of them trained."""
+    return {
+        "step": step,
+        "frames": config.data.frames,
+        "dtype": config.compute.dtype,
+        "terms": list(term_weights(config)),
     }
 
 

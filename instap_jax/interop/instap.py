@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from instap_jax.config_check import flatten
 from instap_jax.errors import UserError
-from instap_jax.interop import umt
+from instap_jax.interop import terms, umt
 from instap_jax.interop.keys import (
     HEADS,
     HEADS_BIAS,
@@ -24,6 +24,7 @@ from instap_jax.interop.keys import (
 from instap_jax.interop.plan import Plan, assumed, fit, shapes_of
 from instap_jax.interop.reading import Weights, read_config
 from instap_jax.train.objectives import OBJECTIVES
+from instap_jax.train.objectives.align import INSTANCE_TERMS
 
 FORMAT = "instap-torch-1"  # of config.json; `torch_model.FORMAT`
 TOKENIZER_FILES = {"sentencepiece": "tokenizer.model", "wordpiece": "vocab.txt"}
@@ -111,10 +112,16 @@ def plan(weights: Weights, config: ConfigDict | None) -> Plan:
     sizes = {k: tuple(flat[k]) if isinstance(flat[k], list) else flat[k] for k in wanted}
     if sizes["align.crop_size"] == sizes["vision.image_size"]:
         del sizes["align.crop_size"]  # which is what an unset one means
-    trained = flat.get("align.instance_embedding") == "contextual"
+    trained = terms.recorded(weights, "config.json")
+    instances = flat.get("align.instance_embedding") == "contextual"
+    if trained is not None:
+        instances = any(term in trained for term in INSTANCE_TERMS)
+    if config is None:
+        sizes |= terms.zeros(trained)
     side = flat["vision.image_size"] // flat["vision.patch"]
-    guesses = {"align.instance": 0.1 if trained else 0.0, "teacher.image_size": 14 * side}
+    guesses = {"align.instance": 0.1 if instances else 0.0, "teacher.image_size": 14 * side}
     fitted = fit(config, "align", weights, sizes, guesses)
+    terms.check(fitted, trained, weights.path)
 
     def create(rngs: nnx.Rngs) -> nnx.Module:
         return OBJECTIVES["align"].create(fitted, rngs)
@@ -126,5 +133,5 @@ def plan(weights: Weights, config: ConfigDict | None) -> Plan:
         table=table(shapes_of(create)),
         draw=True,
         sizes=sizes,
-        assumed=assumed(fitted, guesses),
+        assumed=assumed(fitted, guesses) + terms.assumed(fitted, trained),
     )

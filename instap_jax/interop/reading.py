@@ -120,13 +120,14 @@ def open_weights(path: Path) -> Weights:
     return weights
 
 
-def read_config(path: Path) -> dict[str, Any] | None:
-    """Hugging Face's `config.json` beside a weight file; None where there is none.
+def read_config(path: Path, name: str = "config.json") -> dict[str, Any] | None:
+    """What describes the model beside a weight file, by default as Hugging Face calls it; None
+    where there is none.
 
     Raises:
       UserError: when it is damaged.
     """
-    file = path.parent / "config.json"
+    file = path.parent / name
     if not file.is_file():
         return None
     try:
@@ -134,7 +135,7 @@ def read_config(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: not JSON ({_first(error)})") from error
     if not isinstance(content, dict):
-        raise UserError(f"{file}: not a model's config.json")
+        raise UserError(f"{file}: not the description of a model")
     return content
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from instap_jax.errors import UserError
-from instap_jax.interop import bert
+from instap_jax.interop import bert, terms
 from instap_jax.interop.keys import (
     CONVOLUTION_3D,
     HEADS,
@@ -29,7 +29,7 @@ from instap_jax.interop.keys import (
 from instap_jax.interop.plan import Plan, assumed, count, dimensions, fit, shapes_of
 from instap_jax.interop.reading import Weights
 from instap_jax.models.vision import position_codes
-from instap_jax.train.objectives import OBJECTIVES
+from instap_jax.train.objectives import OBJECTIVES, term_weights
 
 # InstAP's own: the look at the scene of (5), the temperature of (8), and what options beyond the
 # paper add.
@@ -48,6 +48,7 @@ POSITION_TABLES = (
     "clip_img_pos_embed",
 )
 IGNORED = {"clip_teacher.": "the frozen teacher, which stands in its own checkpoint"}
+DESCRIPTION = "instap_config.json"  # beside an export of ours; UMT's own files have none
 
 
 def table(stage: str, shapes: Mapping[str, Shape]) -> Table:
@@ -123,13 +124,22 @@ def plan(weights: Weights, config: ConfigDict | None) -> Plan:
         "vision.heads": max(sizes["vision.width"] // bert.CHANNELS, 1),
         "vision.image_size": 14 * sizes["vision.patch"],  # 224 px, as all that UMT published
     }
+    trained = terms.recorded(weights, DESCRIPTION)
     if stage == "align":
         sizes |= _align_sizes(weights)
+        if config is None:
+            sizes |= terms.zeros(trained)
         guesses["text.heads"] = max(sizes["text.width"] // bert.CHANNELS, 1)
     fitted = fit(config, stage, weights, sizes, guesses)
     tables = _fixed_tables(weights, prefix)
     # UMT has no instance terms: instances are then evaluated as those of its baselines are.
     fitted.align.instance = 0.0
+    if stage == "align" and not term_weights(fitted):
+        raise UserError(
+            f"{weights.path}: only terms of instances have weight, and UMT embeds none; export the "
+            "run with --to=torch, or give align.vtc a weight"
+        )
+    terms.check(fitted, trained, weights.path)
 
     def create(rngs: nnx.Rngs) -> nnx.Module:
         return OBJECTIVES[stage].create(fitted, rngs)
@@ -142,7 +152,7 @@ def plan(weights: Weights, config: ConfigDict | None) -> Plan:
         table=dataclasses.replace(table_of_keys, ignored=table_of_keys.ignored | tables),
         draw=True,
         sizes=sizes,
-        assumed=assumed(fitted, guesses),
+        assumed=assumed(fitted, guesses) + terms.assumed(fitted, trained),
     )
 
 
