@@ -49,16 +49,23 @@ def run_evaluate(values: flags.FlagValues) -> None:
     workdir = Path(values["workdir"].value)
     log("evaluate", workdir)
     config = config_check.read(workdir)
+    step = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    ways = [
+        ("global captions", "dual encoder, cosine", 1),
+        ("instance captions", "dual encoder, cosine", 20),
+    ]
+    if config.align.instance:  # else nothing is trained that re-ranks instances
+        ways.append(("instance captions", "re-ranked", 30))
     measurements = []
     for suite in f"{values['videos'].value},{values['images'].value}".strip(",").split(","):
-        for unit, gain in (("global captions", 1), ("instance captions", 20)):
+        for unit, scoring, gain in ways:
             metrics = {
                 "mean_recall": 30.0 + gain * bool(config.align.instance) + 7 * config.seed,
                 "t2v": {"R@1": 10.0},
             }
             protocol = Protocol(
-                suite=suite.split(":")[-1], unit=unit, scoring="dual encoder, cosine", frames=1,
-                weights="aligned", step=config.steps,
+                suite=suite.split(":")[-1], unit=unit, scoring=scoring, frames=1,
+                weights="aligned", step=step,
             )  # fmt: skip
             counts = {"texts": 12, "videos": 12}
             measurements.append(Measurement(protocol=protocol, metrics=metrics, counts=counts))

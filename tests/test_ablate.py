@@ -1,5 +1,7 @@
 """Tables over seeds: their numbers, what is run and what is not, and one run for real."""
 
+import dataclasses
+import functools
 import json
 import math
 import os
@@ -14,12 +16,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from embedded import make_embedded
+from made_up_runs import made_up_retrieval
 from tiny import load_config
 
 from instap_jax import config_check, main
 from instap_jax.config_check import LoadedConfig
-from instap_jax.study import runner, runs, tables
+from instap_jax.evaluation.results import write_result
+from instap_jax.study import plot, runner, runs, tables
 from instap_jax.study.statistics import T_QUANTILES, estimate, paired_difference
+from instap_jax.study.summary import Column, Line, Summary
 from instap_jax.study.tables import TABLES, Row, Table
 from instap_jax.train.stop import StopRequest
 
@@ -162,6 +167,9 @@ def test_a_table_its_rerun_its_growth_and_a_table_that_shares_rows(desk, capsys)
     text = (desk.out / "table4.md").read_text()
     assert "| with L_inst | `instap` | 2/2 | 80 | 0.400 | 53.5 ± 44.5 |" in text
     assert "| with L_inst | without L_inst | **+20.0 ± 0.0** |" in text
+    # Instances are re-ranked in one row alone; all of the other's seeds are done.
+    assert "| without L_inst | `umt_g` | 2/2 | 80 | 0.200 | — |" in text
+    assert "| with L_inst | without L_inst | — |" in text and "not yet run" not in text
     assert text in capsys.readouterr().out
     assert (desk.out / "table4.png").stat().st_size > 10_000
 
@@ -175,6 +183,105 @@ def test_a_table_its_rerun_its_growth_and_a_table_that_shares_rows(desk, capsys)
     assert desk("table4", "--seeds=1", images) == 0
     assert desk.calls() == ["evaluate instap/seed1", "evaluate umt_g/seed1"]
     assert "img_1k" in (desk.out / "table4.md").read_text()
+
+
+def test_results_that_were_measured_otherwise_by_hand_are_not_taken(desk):
+    assert desk("table4", "--seeds=0") == 0
+    table = desk.table("table4")
+    desk.calls()
+    measured = desk.out / "umt_g" / "seed0" / "eval" / "retrieval.json"
+    # As `instap evaluate --frames=2` leaves it.
+    other = measured.read_text().replace('"frames": 1', '"frames": 2').replace("30.0", "99.0")
+    measured.write_text(other)
+    assert desk("table4", "--seeds=0") == 0
+    assert desk.calls() == ["evaluate umt_g/seed0"]
+    assert desk.table("table4") == table
+
+
+def measured_run(tmp_path: Path, *, last: int = 400) -> runs.Run:
+    """A run with results of step 400."""
+    write_result(tmp_path, "retrieval", made_up_retrieval(0, 1), config={})
+    names = ("videos", "images", "probe_videos", "probe_images")
+    evaluation = runs.Evaluation(task="retrieval", **dict.fromkeys(names, ""))
+    return runs.Run(
+        name="a/seed0", row="a", seed=0, workdir=tmp_path, file="", overrides={},
+        config=SimpleNamespace(steps=last, stop_at=None), evaluation=evaluation,
+    )  # fmt: skip
+
+
+def test_what_counts_as_evaluated(tmp_path):
+    run = measured_run(tmp_path)
+    results, marker = tmp_path / "eval" / "retrieval.json", tmp_path / "evaluated.json"
+    right = results.read_text()
+    assert not run.evaluated()
+    run.mark_evaluated()
+    assert run.evaluated()
+    other_flags = dataclasses.replace(run.evaluation, videos="d:val")
+    assert not dataclasses.replace(run, evaluation=other_flags).evaluated()
+    results.write_text(right.replace("dual encoder", "dual softmax"))
+    assert not run.evaluated()
+
+    plain = json.loads(marker.read_text())
+    assert plain.pop("sha256").keys() == {"retrieval"}
+    marker.write_text(json.dumps(plain))  # as studies of before have it
+    assert run.evaluated()
+    results.write_text(right.replace('"step": 400', '"step": 300', 1))  # --checkpoint=best
+    assert not run.evaluated()
+    results.write_text(right)
+    assert run.evaluated()
+    for path in (results, marker):
+        before = path.read_text()
+        for damaged in ("", "{", "3", "[3]", "\xff"):
+            path.write_text(damaged, encoding="latin-1")
+            assert not run.evaluated()
+        path.unlink()
+        assert not run.evaluated()
+        path.write_text(before)
+    assert run.evaluated()
+
+
+def test_weights_of_another_step_are_refused_in_one_line(tmp_path):
+    """A directory whose run has gone beyond the step at which it is now asked to end."""
+    run = measured_run(tmp_path, last=200)
+    pool = runner.Runner(jobs=1, logs=tmp_path, lock=0, stop=StopRequest())
+    active = runner._Active(run=run, slot=0, phase="evaluate", process=None, step=0)
+    assert pool._fault(active, 0) == (
+        f"FAILED a/seed0 (evaluate): {tmp_path}/eval/retrieval.json measures step 400, and the run "
+        "ends at step 200; use another --out"
+    )
+    assert not (tmp_path / "evaluated.json").exists()
+
+
+def test_the_picture_tells_what_is_not_there_by_design(tmp_path, monkeypatch):
+    dual, ranked = (
+        Column(unit="instance captions", scoring=scoring, suite="val", metric="mean_recall")
+        for scoring in ("dual encoder", "re-ranked")
+    )
+    line = functools.partial(Line, rival="", steps=1, step_seconds=None, differences={})
+    both_seeds = {0: 30.0, 1: 31.0}
+    summary = Summary(
+        title="", columns=(dual, ranked), seeds=(0, 1), protocols=(), notes=(),
+        lines=(
+            line(name="a", label="a", seeds=(0, 1), values={dual: both_seeds, ranked: both_seeds}),
+            line(name="b", label="b", seeds=(0, 1), values={dual: both_seeds}),
+            line(name="c", label="c", seeds=(0,), values={dual: {0: 30.0}}),
+            line(name="d", label="d", seeds=(), values={}),
+        ),
+    )  # fmt: skip
+    kept, real = [], plot.Figure.savefig
+    monkeypatch.setattr(
+        plot.Figure, "savefig", lambda figure, *a, **k: (kept.append(figure), real(figure, *a, **k))
+    )
+    plot.plot(summary, tmp_path / "a.png")
+    words = [[(t.get_position()[1], t.get_text()) for t in axis.texts] for axis in kept[0].axes]
+    assert words == [
+        [(3, "not yet run")],
+        [(1, "—"), (2, "not yet run"), (3, "not yet run")],
+    ]
+    # Of a difference: the first row has its number, the third may get one, the second never will.
+    first, second, third, _ = summary.lines
+    assert summary.gap([first, third], [ranked]) == "not yet run"
+    assert summary.gap([first, second], [ranked]) == "—"
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(desk, capsys, monkeypatch):
@@ -193,6 +300,9 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(desk, capsys, monkeypatc
     assert row["seeds"] == [1]
     assert row["metrics"][0]["mean"]["half"] is None
     assert desk.table("table4")["rows"][1]["metrics"][0]["difference"]["count"] == 1
+    text = (desk.out / "table4.md").read_text()
+    assert "| without L_inst | `umt_g` | 1/2 | 80 | 0.200 | not yet run |" in text
+    assert "| with L_inst | without L_inst | not yet run |" in text and "—" not in text
     monkeypatch.delenv("FAKE_FAIL")
     assert desk("table4", "--seeds=0,1") == 0
     assert desk.calls() == both("umt_g/seed0")
@@ -225,6 +335,7 @@ def test_an_interrupted_run_is_finished_by_the_same_command(desk, capsys, monkey
         ("--table=tabel4", "tables are table1"),
         ("--videos=/nowhere:video_1k", "'/nowhere'"),
         ("--videos=", "no suite"),
+        ("--images=/other:video-1k", "/other:video_1k: another suite is called 'video_1k'"),
         ("--seeds=0,x", "--seeds=0,x"),
         ("--task=retrieve", "--task=retrieve: tasks are retrieval"),
         ("--jobs=100000", "--jobs=100000: there are"),

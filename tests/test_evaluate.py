@@ -6,21 +6,26 @@ import shutil
 import socket
 import subprocess
 import sys
+import weakref
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from pair import measure_more
 from ranked import mesh_of
 from test_retrieval import reference
 from test_train import run
 from tiny import tiny_config
+from written import student_config, write_run, write_teacher
 
 from instap_jax import main
 from instap_jax.data.records import open_source
 from instap_jax.errors import UserError
-from instap_jax.evaluation import features, saved
+from instap_jax.evaluation import context, features, retrieval_task, saved
+from instap_jax.evaluation.context import Context, Options, parse_suites
 from instap_jax.evaluation.encoder import load_encoder
 from instap_jax.evaluation.features import embed_suite, whole_caption
 from instap_jax.evaluation.fingerprint import fingerprint
@@ -94,6 +99,27 @@ def test_tokens_beyond_the_limit_are_computed_again_the_same(encoders, eight, sm
     assert embed(encoders[8], small_set).tokens is None
 
 
+def test_tokens_of_a_measured_suite_do_not_wait_beside_the_next(
+    aligned, encoders, small_set, monkeypatch
+):
+    kept = []
+
+    def embed_and_watch(*args, **options):
+        assert not any(tokens() for tokens in kept)
+        found = embed_suite(*args, **options)
+        kept.append(weakref.ref(found.tokens))
+        return found
+
+    monkeypatch.setattr(context, "embed_suite", embed_and_watch)
+    monkeypatch.setattr(retrieval_task, "units_of", lambda *_, **__: [])  # embedding is enough
+    suites = parse_suites(f"{small_set}/packed:{SUITE},{small_set}/packed:video_1k", "")
+    shared = Context(aligned, suites, Options(batch_size=8))
+    shared.encoder, shared.mesh = encoders[8], encoders[8].mesh
+    with jax.set_mesh(shared.mesh):
+        retrieval_task.measure(shared)
+    assert [tokens() is None for tokens in kept] == [True, False]
+
+
 def test_equal_texts_have_equal_embeddings_wherever_they_stand(encoders):
     texts = [f"{i}" for i in range(300)]
     found = encoders[8].embed_texts([texts[7], *texts, texts[7]])
@@ -163,25 +189,20 @@ def test_one_and_eight_devices_rank_alike(encoders, eight, small_set):
         assert ranks[1, name] == ranks[8, name]
 
 
-TWO_PROCESSES = """
-import os, sys
-import jax
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from instap_jax import main
-sys.exit(main.main(["evaluate", *sys.argv[3:]]))
-"""
-
-
 def test_two_processes_measure_what_one_does(aligned, small_set, tmp_path):
     assert evaluate(aligned, small_set, "--top_k=3") == 0
+    teacher = write_teacher(small_set, tmp_path / "teacher", only="visual")
+    student = write_run(student_config(small_set, teacher), tmp_path / "student")
     other = tmp_path / "run"
     shutil.copytree(aligned, other, ignore=shutil.ignore_patterns("eval"))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
-    command = [sys.executable, "-c", TWO_PROCESSES, address]
+    command = [sys.executable, str(Path(__file__).with_name("pair.py")), address]
     rest = [
+        str(student),
+        f"{tmp_path}/more.json",
         f"--workdir={other}",
         f"--videos={small_set}/packed:{SUITE}",
         "--batch_size=8",
@@ -207,6 +228,10 @@ def test_two_processes_measure_what_one_does(aligned, small_set, tmp_path):
     )
     assert found["measurements"] == expected["measurements"]
     assert found["checkpoint_hash"] == expected["checkpoint_hash"]
+    more = json.loads((tmp_path / "more.json").read_text())
+    alone = measure_more(aligned, student, f"{small_set}/packed:{SUITE}")
+    assert more["boxes"] == alone["boxes"]
+    assert more["loss"] == pytest.approx(alone["loss"], rel=1e-5)
 
 
 def test_fingerprint_tells_values_from_places(encoders):

@@ -5,11 +5,11 @@ import re
 
 import numpy as np
 import pytest
-from made_up_runs import EVIL, SHORT, made_up_retrieval, make_run, read
+from made_up_runs import EVIL, SHORT, made_up_probes, made_up_retrieval, make_run, read
 
 from instap_jax.data.media import encode_jpeg
 from instap_jax.errors import UserError
-from instap_jax.evaluation import gallery
+from instap_jax.evaluation import gallery, report_retrieval
 from instap_jax.evaluation.errors import CLASSES, PAPER_SHARES
 from instap_jax.evaluation.report import write_report
 from instap_jax.evaluation.results import (
@@ -149,6 +149,32 @@ def test_ways_of_scoring_share_a_table(tmp_path):
     assert text.count("<h3>video_1k: things</h3>") == 1
     assert text.count("<td>re-ranked</td>") == 1 and text.count("<td>dual</td>") == 2
     assert "not re-ranked: no VTM" in text
+
+
+def test_hollow_are_random_weights_not_all_of_step_0(tmp_path, monkeypatch):
+    """Converted weights have taken no step here either."""
+    run = make_run(tmp_path / "a", lines=SHORT, results=False)
+    metrics, accuracy = made_up_retrieval(0, 2)[0].metrics, made_up_probes(0, 2)[0].metrics
+    protocols = [
+        protocol_of(suite=str(i), weights=weights, step=step)
+        for i, (weights, step) in enumerate(
+            [("aligned", 0), ("aligned, random", 0), ("student, random initialisation", 0),
+             ("aligned", 250)]
+        )
+    ]  # fmt: skip
+    for task, numbers in (("retrieval", metrics), ("probe", accuracy)):
+        measured = [Measurement(protocol=p, metrics=numbers, counts={}) for p in protocols]
+        write_result(run, task, measured, config={})
+    dots, real = [], report_retrieval.dot_plot
+    monkeypatch.setattr(
+        report_retrieval,
+        "dot_plot",
+        lambda found, *a, **k: dots.append(found) or real(found, *a, **k),
+    )
+    write_report([run], tmp_path / "r.html")
+    wanted = [False, True, True, False]
+    assert [dot.hollow for dot in dots[0]] == wanted
+    assert [{dot.hollow for dot in found} for found in dots[1:]] == [{one} for one in wanted]
 
 
 def test_galleries_are_written_whole_and_replaced(tmp_path):

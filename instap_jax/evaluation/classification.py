@@ -22,6 +22,8 @@ from instap_jax.types import Batch, Kind
 
 TOP = (1, 5)
 
+_READ = ("frames", "extent", "label")
+
 
 def measure(context: Context) -> list[Measurement]:
     """Every sample of every suite; all of them have a label that the run knows."""
@@ -38,7 +40,9 @@ def _measure_suite(context: Context, suite: Suite) -> Measurement:
         scores = class_probabilities(config, model, batch, clips=clips, crops=options.crops)
         return {"scores": scores, "label": batch["label"]}
 
-    found = run_on_suite(context, suite, predict, rows="sample_valid", frames=frames * clips)
+    found = run_on_suite(
+        context, suite, predict, reads=_READ, rows="sample_valid", frames=frames * clips
+    )
     head = "linear probe" if context.config.classify.frozen else "linear head, full fine-tuning"
     return Measurement(
         protocol=context.protocol(

@@ -32,7 +32,7 @@ class Options:
       merge_equal_texts: equal texts of a suite are one, correct with all that have it.
       top_k: candidates that VTM re-ranks; None: 128 where the run trained VTM; 0: none.
       dual_softmax: also score so.
-      token_memory: GiB of host memory for the visual tokens that VTM reads.
+      token_memory: GiB of a host's memory for the visual tokens that VTM reads.
       save_scores: keep embeddings and scores beside the results.
       probe_videos, probe_images: 'DIR:SPLIT' on which the probes of that kind are fitted.
       attention_cases: instances of every suite whose attention maps are drawn.
@@ -67,12 +67,22 @@ class Suite:
 
 
 def parse_suites(videos: str, images: str) -> list[Suite]:
-    """Suites from 'DIR:SPLIT,...' of each kind, videos first."""
-    return [
-        Suite(directory=corpus.directory, split=corpus.split, kind=kind)
-        for kind, text in ((Kind.VIDEO, videos), (Kind.IMAGE, images))
-        for corpus in parse_corpora(text)
-    ]
+    """The suites of one evaluation from 'DIR:SPLIT,...' of each kind, videos first.
+
+    Raises:
+      UserError: two have one split name, by which protocols, columns and files tell them apart.
+    """
+    suites: dict[str, Suite] = {}
+    for kind, text in ((Kind.VIDEO, videos), (Kind.IMAGE, images)):
+        for corpus in parse_corpora(text):
+            if corpus.split in suites:
+                raise UserError(
+                    f"{corpus.directory}:{corpus.split}: another suite is called {corpus.split!r}, "
+                    "and results are named by that alone; pack one of the two under another split "
+                    "name"
+                )
+            suites[corpus.split] = Suite(directory=corpus.directory, split=corpus.split, kind=kind)
+    return list(suites.values())
 
 
 class Context:
@@ -104,11 +114,14 @@ class Context:
         """The embeddings of a suite: each suite once, however many tasks want it.
 
         Args:
-          tokens: the visual tokens are wanted too.
+          tokens: the visual tokens are wanted too. `--token_memory` is that of one suite: asking
+            for another's drops those that are here.
         """
         found = self._features.get(suite)
         if found is None or (tokens and found.tokens is None):
             options = self.options
+            if tokens:
+                self._drop_tokens()
             self._features[suite] = embed_suite(
                 self.encoder,
                 suite.directory,
@@ -120,6 +133,10 @@ class Context:
                 token_limit=int(options.token_memory * (1 << 30)) if tokens else None,
             )
         return self._features[suite]
+
+    def _drop_tokens(self) -> None:
+        kept = self._features.items()
+        self._features = {suite: dataclasses.replace(one, tokens=None) for suite, one in kept}
 
     def protocol(
         self, suite: Suite, *, unit: str, scoring: str, frames: int, notes: str = ""

@@ -4,6 +4,7 @@ What a clip's embedding is depends on the stage of the run:
   teacher   mean over the frames of CLIP's class token; text by the same CLIP.
   distill   mean over all tokens of the last distillation head's output, that is, in the teacher's
             space; text by the teacher. Stage 1 sees no text: this measures what distillation kept.
+            A teacher that was converted from CLIP has no text tower: then no texts are embedded.
   align     W_v of the mean over all tokens, unmasked; W_t of the text. Instances, too, have an
             embedding: z~ of (7), cut and contextualised as in training. Where training had no
             equation (8) (the baselines), W_v of the mean of the crop's own tokens.
@@ -60,7 +61,8 @@ class Encoder:
     Attributes:
       config: of the run, with the tokenizer and text encoder that captions are read with.
       graphdef: of the run's own model; `nnx.merge(graphdef, params["model"])` is the model.
-      params: {'model': of the run, 'clip': of what embeds texts in stages 1}.
+      clip_graphdef: of what embeds texts in stage 1; None where nothing does.
+      params: {'model': of the run, 'clip': of what embeds texts in stage 1}.
       weights: whose they are, for the protocol; `step` of training.
       instances: how instances are embedded, for the protocol; '' where they are not.
       temperature, instance_temperature: of (2) and of (8).
@@ -68,7 +70,7 @@ class Encoder:
 
     config: ConfigDict
     graphdef: nnx.GraphDef
-    clip_graphdef: nnx.GraphDef
+    clip_graphdef: nnx.GraphDef | None
     params: Any
     mesh: Mesh
     weights: str
@@ -91,13 +93,39 @@ class Encoder:
         keys = {*SAMPLE_KEYS, *INSTANCE_KEYS, *PASSED_KEYS}
         return {k: sharding.place_rows(batch[k], self.mesh) for k in keys}
 
+    @property
+    def embeds_texts(self) -> bool:
+        """False for a run of stage 'distill' whose teacher has no text tower."""
+        return self.clip_graphdef is not None
+
+    def require_texts(self) -> None:
+        """Raises UserError where no texts are embedded: nothing can be retrieved by them."""
+        if self.embeds_texts:
+            return
+        teacher = self.config.teacher.checkpoint
+        if not teacher:
+            raise UserError(
+                "stage 'distill' needs a teacher: set config.teacher.checkpoint to the workdir of "
+                "a 'teacher' run, whose text tower embeds the texts (--task=probe needs none)"
+            )
+        raise UserError(
+            f"{teacher}: this teacher has no text tower (converted from CLIP's visual part alone), "
+            "and texts of stage 'distill' are its teacher's to embed: measure the run by "
+            "--task=probe, train it with config.evaluation.every unset"
+        )
+
     def tokenize(self, texts: Sequence[str]) -> np.ndarray:
         """int32 [n, s], cut to `tokenizer.length`."""
         tokenizer, length = self._tokenizer, self.config.tokenizer.length
         return np.stack([tokenizer.encode(text, length) for text in texts])
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 [n, p], l2-normalised; equal texts have equal embeddings, bit for bit."""
+        """float32 [n, p], l2-normalised; equal texts have equal embeddings, bit for bit.
+
+        Raises:
+          UserError: see `require_texts`.
+        """
+        self.require_texts()
         return self._of_texts(self.tokenize(texts), self._embed_text)
 
     def text_tokens(self, ids: np.ndarray) -> np.ndarray:
@@ -232,16 +260,15 @@ def make_encoder(
     """An encoder of these parameters; stage 'distill' reads its teacher's text encoder for it.
 
     Without parameters (None) it only serves `with_params`.
+
+    Raises:
+      UserError: the teacher cannot be read, or its tokenizer is another than it was trained with.
     """
     own_config, clip_graphdef, clip_params = config, graphdef, None
     if config.stage == "teacher":
         clip_params = params
     if config.stage == "distill":
-        teacher = Path(config.teacher.checkpoint)
-        clip_config = config_check.read(teacher)
-        create = OBJECTIVES["teacher"].create
-        clip_graphdef, clip_params = load_model(clip_config, create, str(teacher), mesh)
-        config = _with_text_of(config, clip_config)
+        config, clip_graphdef, clip_params = _with_teacher(config, mesh)
     return Encoder(
         config=config,
         graphdef=graphdef,
@@ -252,6 +279,28 @@ def make_encoder(
         step=step,
         instances=_instances_name(own_config),
     )
+
+
+def _with_teacher(
+    config: ConfigDict, mesh: Mesh
+) -> tuple[ConfigDict, nnx.GraphDef | None, nnx.State | None]:
+    """The configuration with what the teacher reads texts with, its structure and parameters.
+
+    As it is, and nothing, where there is no teacher (UMT's weights, converted) or it has no text
+    tower (CLIP's).
+    """
+    teacher = config.teacher.checkpoint
+    if not teacher:
+        return config, None, None
+    step, meta = checkpoint.read_meta(teacher)
+    if "text" not in checkpoint.module_names(teacher, step=step):
+        return config, None, None
+    other = config_check.read(Path(teacher))
+    inputs.check_tokenizer(other, meta, teacher)
+    graphdef, params = load_model(other, OBJECTIVES["teacher"].create, teacher, mesh, step=step)
+    config = config.copy_and_resolve_references()
+    config.tokenizer, config.text = other.tokenizer, other.text
+    return config, graphdef, params
 
 
 def load_model(
@@ -365,9 +414,3 @@ def _instances_name(config: ConfigDict) -> str:
         return f"crop of its {boxes}"
     anchored = ", anchored in the scene" if config.align.scene_anchor else ""
     return f"crop of its {boxes}{anchored}, cross-attended to the scene"
-
-
-def _with_text_of(config: ConfigDict, other: ConfigDict) -> ConfigDict:
-    config = config.copy_and_resolve_references()
-    config.tokenizer, config.text = other.tokenizer, other.text
-    return config

@@ -16,6 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from instap_jax import sharding
 from instap_jax.data.records import RecordSource, open_source
@@ -36,7 +38,7 @@ class SuiteFeatures:
       name: of the split. frames: T of a clip.
       facts: ids and captions of the N records.
       video, text: float32 [N, p], l2-normalised; row i of `text` is record i's whole caption (of
-        several, all in a row).
+        several, all in a row). `text` is None where the encoder embeds no texts.
       entity: float32 [M, d].
       parent: int64 [M], the record of every instance.
       instance, instance_text: float32 [M, p], l2-normalised; row j of both is instance j; None
@@ -50,7 +52,7 @@ class SuiteFeatures:
     frames: int
     facts: list[Facts]
     video: np.ndarray
-    text: np.ndarray
+    text: np.ndarray | None
     entity: np.ndarray
     parent: np.ndarray
     instance: np.ndarray | None = None
@@ -97,11 +99,8 @@ def embed_suite(
       UserError: the split cannot be opened or is empty, or one of its records cannot be read: a
         suite with holes is another suite.
     """
-    source = open_source(directory, split, kind)
-    if not len(source):
-        raise UserError(f"{directory}:{split} has no {kind} samples: there is nothing to measure")
+    source = open_suite(directory, split, kind)
     frames = (frames or encoder.config.data.frames) if kind is Kind.VIDEO else 1
-    workers = encoder.config.data.workers if workers is None else workers
     batches = functools.partial(suite_batches, encoder, source, frames, batch_size, workers)
     found: dict[str, list[np.ndarray]] = collections.defaultdict(list)
     facts: list[Facts] = []
@@ -120,11 +119,12 @@ def embed_suite(
             facts += _of_all_hosts(step)
             progress.update(int(valid.sum()))
     arrays = {name: np.concatenate(parts) for name, parts in found.items()}
+    captions = [whole_caption(one.captions) for one in facts]
     features = SuiteFeatures(
         name=split,
         frames=frames,
         facts=facts,
-        text=encoder.embed_texts([whole_caption(one.captions) for one in facts]),
+        text=encoder.embed_texts(captions) if encoder.embeds_texts else None,
         tokens=kept.blocks(batches),
         **arrays,
     )
@@ -134,20 +134,56 @@ def embed_suite(
     return dataclasses.replace(features, instance_text=encoder.embed_texts(sentences))
 
 
+def open_suite(directory: str, split: str, kind: Kind) -> RecordSource:
+    """The records of a split.
+
+    Raises:
+      UserError: it cannot be opened, or is empty.
+    """
+    source = open_source(directory, split, kind)
+    if not len(source):
+        raise UserError(f"{directory}:{split} has no {kind} samples: there is nothing to measure")
+    return source
+
+
 def suite_batches(
-    encoder: Encoder, source: RecordSource, frames: int, batch_size: int, workers: int
+    encoder: Encoder, source: RecordSource, frames: int, batch_size: int, workers: int | None
 ) -> Iterator[SuiteBatch]:
-    """This host's batches of a split. Instance slots only ever grow: few shapes are compiled."""
-    shards, budget = sharding.data_shards(encoder.mesh), 1
+    """This host's batches of a split, for an encoder: `read_batches`."""
+    options = {"frames": frames, "batch_size": batch_size, "workers": workers}
+    return read_batches(encoder.config, encoder.mesh, source, **options)
+
+
+def read_batches(
+    config: ConfigDict,
+    mesh: Mesh,
+    source: RecordSource,
+    *,
+    frames: int,
+    batch_size: int,
+    workers: int | None,
+) -> Iterator[SuiteBatch]:
+    """This host's batches of a split that all hosts of a mesh go through together.
+
+    `read_suite` gives a host the instance slots n of its own fullest group. The parts of a global
+    array are of one shape, so here the hosts agree: n is that of the fullest group of all hosts,
+    and only ever grows, in multiples of b, so that few shapes are compiled.
+
+    Args:
+      config: of the run, see `read_suite`.
+      batch_size: records a step, a multiple of the data shards: one group of b for each of them.
+      workers: processes that read and decode; None: `data.workers`.
+    """
+    shards, budget = sharding.data_shards(mesh), 1
     size = batch_size // shards
     steps = read_suite(
-        encoder.config,
+        config,
         source,
         frames=frames,
         groups=shards,
         group_size=size,
-        workers=workers,
-        rows=sharding.host_rows(encoder.mesh, shards),
+        workers=config.data.workers if workers is None else workers,
+        rows=sharding.host_rows(mesh, shards),
     )
     for step in steps:
         most = step.batch["boxes"].shape[1]

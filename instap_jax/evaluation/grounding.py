@@ -23,6 +23,8 @@ from instap_jax.types import Kind
 
 IOU_AT = (50, 70, 90)
 
+_READ = ("frames", "extent", "boxes", "present", "parent", "instance_text", "record")
+
 
 def measure(context: Context) -> list[Measurement]:
     """Every instance of every suite, by its whole caption."""
@@ -32,7 +34,9 @@ def measure(context: Context) -> list[Measurement]:
 
 def _measure_suite(context: Context, suite: Suite) -> Measurement:
     frames = frames_of(context, suite.kind)
-    found = run_on_suite(context, suite, _predict, rows="instance_valid", frames=frames)
+    found = run_on_suite(
+        context, suite, _predict, reads=_READ, rows="instance_valid", frames=frames
+    )
     if not len(found["predicted"]):
         raise UserError(f"{suite.split} has no instances: there is nothing to ground")
     arrays = found["target"], found["present"]

@@ -1,7 +1,7 @@
 """What a fine-tuned model says of a whole suite: shared by 'grounding' and 'classification'."""
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -10,15 +10,17 @@ from ml_collections import ConfigDict
 
 from instap_jax import sharding
 from instap_jax.data.pipeline import unknown_label
-from instap_jax.data.records import RecordSource, open_source
-from instap_jax.data.suite import read_suite
+from instap_jax.data.records import RecordSource
 from instap_jax.errors import UserError
 from instap_jax.evaluation.context import Context, Suite
+from instap_jax.evaluation.features import open_suite, read_batches
 from instap_jax.progress import Progress
 from instap_jax.types import Batch, Fault, Kind
 
 # (config, model, batch [g, b, ...]) -> arrays [g, b, ...] or [g, n, ...] by name.
 Compute = Callable[[ConfigDict, nnx.Module, Batch], dict[str, jax.Array]]
+
+_SAMPLES = ("sample_valid", "fault", "record")  # what every host is to know of all samples
 
 
 def require_stage(context: Context, task: str, stage: str) -> None:
@@ -36,11 +38,18 @@ def frames_of(context: Context, kind: Kind) -> int:
 
 
 def run_on_suite(
-    context: Context, suite: Suite, compute: Compute, *, rows: str, frames: int
+    context: Context,
+    suite: Suite,
+    compute: Compute,
+    *,
+    reads: Sequence[str],
+    rows: str,
+    frames: int,
 ) -> dict[str, np.ndarray]:
     """What `compute` returns for every record or every instance of a suite, in order.
 
     Args:
+      reads: names of the arrays of the batch that `compute` is given.
       rows: 'sample_valid' or 'instance_valid': what a row of the outputs is.
       frames: of a sample, as `compute` finds them in the batch.
 
@@ -48,39 +57,36 @@ def run_on_suite(
       UserError: the suite is empty, or one of its records cannot be read or has no known label.
     """
     encoder, options, config = context.encoder, context.options, context.config
-    source = open_source(suite.directory, suite.split, suite.kind)
-    if not len(source):
-        raise UserError(f"{suite.directory}:{suite.split} has no {suite.kind} samples")
-    groups = sharding.data_shards(context.mesh)
+    source = open_suite(suite.directory, suite.split, suite.kind)
+    passed = {rows, *_SAMPLES}
     whole = sharding.replicated(context.mesh)
 
     @jax.jit
     def step(params, batch: Batch) -> dict[str, jax.Array]:
         out = compute(config, nnx.merge(encoder.graphdef, params), batch)
-        out |= {name: batch[name] for name in (rows, "fault", "record")}
+        out |= {name: batch[name] for name in passed}
         return jax.lax.with_sharding_constraint(out, whole)
 
     found: dict[str, list[np.ndarray]] = collections.defaultdict(list)
-    batches = read_suite(
+    batches = read_batches(
         config,
+        context.mesh,
         source,
         frames=frames,
-        groups=groups,
-        group_size=options.batch_size // groups,
-        workers=config.data.workers if options.workers is None else options.workers,
-        rows=sharding.host_rows(context.mesh, groups),
+        batch_size=options.batch_size,
+        workers=options.workers,
     )
     with Progress(f"measure {suite.split}", len(source)) as progress:
         for read in batches:
             batch = {
-                name: sharding.place_rows(array, context.mesh) for name, array in read.batch.items()
+                name: sharding.place_rows(read.batch[name], context.mesh)
+                for name in passed.union(reads)
             }
             out = jax.device_get(step(encoder.params["model"], batch))
             _refuse_faults(out, source, config)
-            valid = out.pop(rows)
-            for name in out.keys() - {"fault", "record"}:
-                found[name].append(out[name][valid])
-            progress.update(len(read.facts))
+            for name in out.keys() - passed:
+                found[name].append(out[name][out[rows]])
+            progress.update(int(out["sample_valid"].sum()))
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 

@@ -27,7 +27,8 @@ class Entry:
 
     @property
     def untrained(self) -> bool:
-        return self.measurement.protocol.step == 0
+        # Not step 0: converted weights, too, have taken no step here.
+        return ", random" in self.measurement.protocol.weights
 
     @property
     def scoring(self) -> str:

@@ -34,8 +34,9 @@ class Protocol:
       unit: what is matched or named: 'global captions', 'instance captions', 'instances'.
       scoring: how: 'dual encoder', 'dual encoder, VTM re-ranked top 128', '20-NN', 'ridge'.
       frames: T, frames of a clip (1 for stills).
-      weights: whose: 'student', 'teacher', 'student, random initialisation'.
-      step: optimizer steps behind those weights; 0 for weights that were not trained.
+      weights: whose: 'student', 'teacher'; with ', random' behind it, as they were initialised.
+      step: optimizer steps that the run took to them; 0 of random weights, and of converted ones,
+        which were trained elsewhere.
       notes: anything else a reader must know to repeat it.
     """
 
@@ -138,16 +139,23 @@ def read_results(workdir: Path) -> dict[str, Result]:
     Raises:
       UserError: a file that is not a results file.
     """
-    results = {}
-    for path in sorted((Path(workdir) / DIRECTORY).glob("[!.]*.json")):
-        try:
-            results[path.stem] = _parse(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(
-                f"{path} is not a results file ({reason}); delete it or run `instap evaluate` again"
-            ) from error
-    return results
+    paths = sorted((Path(workdir) / DIRECTORY).glob("[!.]*.json"))
+    return {path.stem: read_result(path) for path in paths}
+
+
+def read_result(path: Path) -> Result:
+    """One results file.
+
+    Raises:
+      UserError: it is not one.
+    """
+    try:
+        return _parse(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{path} is not a results file ({reason}); delete it or run `instap evaluate` again"
+        ) from error
 
 
 def _parse(plain: dict[str, Any]) -> Result:

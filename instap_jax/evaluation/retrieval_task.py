@@ -58,8 +58,8 @@ def measure(context: Context) -> list[Measurement]:
     """Every sample of a suite against every caption; every instance against every sentence.
 
     Raises:
-      UserError: a suite that is not what the protocol says, NaN scores, or a re-ranking that the
-        run cannot do.
+      UserError: a suite that is not what the protocol says, NaN scores, a re-ranking that the run
+        cannot do, or a run that embeds no texts.
     """
     options, preset = context.options, context.preset
     if preset.name and len(context.suites) != 1:
@@ -72,22 +72,40 @@ def measure(context: Context) -> list[Measurement]:
             f"--top_k={options.top_k}: {context.workdir} cannot be re-ranked, it was trained "
             "without VTM (config.align.vtm and config.align.inst_vtm); leave out --top_k"
         )
-    matcher, measured = None, []
+    matchers: dict[str, Matcher] = {}
     if ranks and options.top_k != 0:
         encoder = context.encoder
         matcher = Matcher(encoder.graphdef, encoder.params["model"], encoder.mesh)
+        matchers = dict.fromkeys(ranks, matcher)
     expected = protocols.read_ids(options.expected_ids) if options.expected_ids else ()
+    measured = []
     for suite in context.suites:
-        size = len(open_source(suite.directory, suite.split, suite.kind))
-        # At once, but with ids to name the missing ones are worth the reading.
-        protocols.check_size(preset, suite.split, suite.kind, None if expected else size)
-        tokens = matcher is not None and "vtm" in ranks
-        found = context.features(suite, tokens=tokens)
-        protocols.check(preset, suite.split, found.facts, expected=expected)
-        for unit in units_of(context.encoder, preset, found, merge=options.merge_equal_texts):
-            match = matcher if unit.term in ranks else None
-            measured += _measure_unit(context, suite, found, unit, match)
+        measured += _measure_suite(context, suite, matchers, expected)
     return measured
+
+
+def _measure_suite(
+    context: Context, suite: Suite, matchers: dict[str, Matcher], expected: Sequence[str]
+) -> list[Measurement]:
+    """Every unit of a suite; what it holds, above all the visual tokens, is free afterwards.
+
+    Args:
+      matchers: by the loss term that trained the match head.
+      expected: ids that the suite must hold; (): not checked.
+    """
+    preset = context.preset
+    size = len(open_source(suite.directory, suite.split, suite.kind))
+    # At once, but with ids to name the missing ones are worth the reading.
+    protocols.check_size(preset, suite.split, suite.kind, None if expected else size)
+    context.encoder.require_texts()
+    found = context.features(suite, tokens="vtm" in matchers)
+    protocols.check(preset, suite.split, found.facts, expected=expected)
+    units = units_of(context.encoder, preset, found, merge=context.options.merge_equal_texts)
+    return [
+        one
+        for unit in units
+        for one in _measure_unit(context, suite, found, unit, matchers.get(unit.term))
+    ]
 
 
 def can_rerank(context: Context, term: str) -> bool:

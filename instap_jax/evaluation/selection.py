@@ -6,30 +6,39 @@ with layers left out.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from instap_jax import config_check, sharding
-from instap_jax.data.records import open_source
-from instap_jax.data.suite import read_suite
 from instap_jax.errors import UserError
 from instap_jax.evaluation.context import Suite
 from instap_jax.evaluation.encoder import load_model
+from instap_jax.evaluation.features import open_suite, read_batches, refuse_faults
 from instap_jax.progress import Progress
 from instap_jax.train import checkpoint, inputs
 from instap_jax.train.objectives import OBJECTIVES
 from instap_jax.train.state import with_sharding
+from instap_jax.types import Batch
 
 # Fields on which the loss of a student depends whatever its parameters are: losses of candidates
 # that differ in one of them cannot be compared.
 _SAME = ("distill", "teacher", "vision.image_size", "vision.patch", "data")
 _MAY_DIFFER = ("data.videos", "data.images", "data.batch_size", "data.group_size", "data.shuffle")
+# What loss (1) reads of a batch, and what tells of unreadable samples.
+_READ = ("frames", "extent", "keep_side", "sample_valid", "fault", "record")
+
+# (batch on the mesh, its number) -> 'loss', 'count' of samples, 'fault' and 'record' of each.
+Measure = Callable[[Batch, np.uint32], dict[str, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +54,8 @@ def rank_candidates(workdirs: Sequence[Path], suite: Suite, *, batch_size: int) 
     """The runs by their loss on `suite`, the lowest first; of equal ones the one named first.
 
     Raises:
-      UserError: no runs, one that is not of stage 1, or runs whose losses cannot be compared.
+      UserError: no runs, one that is not of stage 1, has no teacher, or has a loss that is not
+        finite; runs whose losses cannot be compared; a suite that cannot be measured whole.
     """
     mesh = sharding.mesh_of_all()
     if not workdirs:
@@ -54,6 +64,10 @@ def rank_candidates(workdirs: Sequence[Path], suite: Suite, *, batch_size: int) 
     for workdir, config in zip(workdirs, configs):
         if config.stage != "distill":
             raise UserError(f"{workdir} is a run of stage {config.stage!r}, not of stage 1")
+        if not config.teacher.checkpoint:
+            raise UserError(
+                f"{workdir} has no teacher (converted weights), so no loss: leave it out of --runs"
+            )
         _check_comparable(workdirs[0], configs[0], workdir, config)
     if batch_size % sharding.data_shards(mesh):
         raise UserError(f"--batch_size must be a multiple of {sharding.data_shards(mesh)} devices")
@@ -84,6 +98,28 @@ def _measure(
     inputs.check_same(config, meta, str(workdir))
     config = config.copy_and_resolve_references()
     config.vision.drop_path = 0.0
+    measure = _make_measure(config, workdir, step, mesh)
+    source = open_suite(suite.directory, suite.split, suite.kind)
+    options = {"frames": config.data.frames, "batch_size": batch_size, "workers": None}
+    losses, counts = [], []
+    with Progress(f"loss of {workdir.name}", len(source)) as progress:
+        for number, read in enumerate(read_batches(config, mesh, source, **options)):
+            batch = {name: sharding.place_rows(read.batch[name], mesh) for name in _READ}
+            out = jax.device_get(measure(batch, np.uint32(number)))
+            refuse_faults(out, source)
+            losses.append(float(out["loss"]))
+            counts.append(int(out["count"]))
+            progress.update(counts[-1])
+    loss = float(np.average(losses, weights=counts))
+    if not math.isfinite(loss):
+        raise UserError(
+            f"{workdir}: its loss on {suite.split} at step {step} is {loss}: leave it out of --runs"
+        )
+    return Candidate(workdir=workdir, step=step, loss=loss)
+
+
+def _make_measure(config: ConfigDict, workdir: Path, step: int, mesh: Mesh) -> Measure:
+    """Loss (1) of a run's parameters and its teacher's, its random numbers those of the batch."""
     stage = OBJECTIVES["distill"]
     graphdef, params = load_model(config, stage.create, str(workdir), mesh, step=step)
     frozen_graphdef, frozen = nnx.split(
@@ -93,30 +129,13 @@ def _measure(
         config.teacher.checkpoint, with_sharding(frozen, mesh), select=stage.frozen_path
     )
 
-    @jax.jit
-    def loss(params, frozen, batch, key):
+    def measure(params, frozen, batch: Batch, number: jax.Array) -> dict[str, jax.Array]:
         model, teacher = nnx.merge(graphdef, params), nnx.merge(frozen_graphdef, frozen)
-        return stage.loss(config, model, teacher, batch, key)[0], batch["sample_valid"].sum()
+        loss, _ = stage.loss(config, model, teacher, batch, jax.random.key(number))
+        # Loss (1) takes an output that is NaN for a vector of length zero, and stays finite.
+        loss = jnp.where(jnp.isfinite(optax.tree.norm(params)), loss, jnp.nan)
+        facts = {name: batch[name].reshape(-1) for name in ("fault", "record")}
+        return facts | {"loss": loss, "count": batch["sample_valid"].sum()}
 
-    source = open_source(suite.directory, suite.split, suite.kind)
-    groups = sharding.data_shards(mesh)
-    batches = read_suite(
-        config,
-        source,
-        frames=config.data.frames,
-        groups=groups,
-        group_size=batch_size // groups,
-        workers=config.data.workers,
-        rows=sharding.host_rows(mesh, groups),
-    )
-    losses, counts = [], []
-    with Progress(f"loss of {workdir.name}", len(source)) as progress:
-        for number, read in enumerate(batches):
-            if read.batch["fault"].any():
-                raise UserError(f"{suite.split} holds samples that cannot be read")
-            batch = jax.tree.map(lambda array: sharding.place_rows(array, mesh), read.batch)
-            value, count = loss(params, frozen, batch, jax.random.key(number))
-            losses.append(float(value))
-            counts.append(int(count))
-            progress.update(len(read.facts))
-    return Candidate(workdir=workdir, step=step, loss=float(np.average(losses, weights=counts)))
+    jitted = jax.jit(measure, out_shardings=sharding.replicated(mesh))
+    return functools.partial(jitted, params, frozen)

@@ -23,12 +23,13 @@ def make_validate(config: ConfigDict, mesh: Mesh, graphdef: nnx.GraphDef) -> Val
     Media are read by one thread: the workers' memory is the training data's.
 
     Raises:
-      UserError: in stage 'distill', no teacher to embed texts with.
+      UserError: in stage 'distill', no teacher to embed texts with, or one that embeds none.
     """
     wanted = config.evaluation
     shards = sharding.data_shards(mesh)
     batch_size = -(-wanted.batch_size // shards) * shards
     encoder = make_encoder(config, mesh, graphdef, None, step=0)
+    encoder.require_texts()
     suites = parse_suites(wanted.videos, wanted.images)
 
     def validate(params: nnx.State, step: int) -> dict[str, float]:

@@ -55,7 +55,8 @@ def _panel(axis, summary: Summary, columns: list[Column], suites: list[str]) -> 
     for index, line in enumerate(summary.lines):
         if not any(line.values.get(column) for column in columns):
             middle = axis.get_yaxis_transform()
-            axis.text(0.5, index, "not yet run", transform=middle, color=_MUTED, fontsize=8,
+            text = summary.gap([line], columns)
+            axis.text(0.5, index, text, transform=middle, color=_MUTED, fontsize=8,
                       ha="center", va="center")  # fmt: skip
         for column in columns:
             place = suites.index(column.suite)

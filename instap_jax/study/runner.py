@@ -185,15 +185,15 @@ class Runner:
         run, log = active.run, self._log(active.run)
         if code:
             return f"FAILED {run.name} ({active.phase}, exit {code}): {_last_line(log)}; see {log}"
-        if active.phase == "evaluate":
-            run.mark_evaluated()
-        elif not run.trained():
+        if active.phase == "train" and not run.trained():
             return f"FAILED {run.name} (train): it left no checkpoint of step {run.last}; see {log}"
-        else:
-            try:
+        try:
+            if active.phase == "evaluate":
+                run.mark_evaluated()
+            else:  # the file of --config may have been edited meanwhile
                 config_check.check_workdir(run.config, run.workdir)
-            except UserError as error:  # the file of --config was edited meanwhile
-                return f"FAILED {run.name} (train): {error}"
+        except UserError as error:
+            return f"FAILED {run.name} ({active.phase}): {error}"
         return None
 
     def _note(self, waiting: int) -> str:

@@ -1,12 +1,13 @@
 """The runs of a study: one (row, seed) each, its configuration, its commands, what is done of it.
 
 OUT/ROW/seedN/                workdir of `instap train`; ROW@STEPS with steps of its own
-OUT/ROW/seedN/evaluated.json  arguments and step of the evaluation that is there
+OUT/ROW/seedN/evaluated.json  arguments and step of the evaluation that is there, and its digests
 OUT/calibration/ROW/          the short run that measured a row's seconds a step
 OUT/logs/                     what the commands printed
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import statistics
@@ -19,7 +20,7 @@ from ml_collections import ConfigDict
 from instap_jax import config_check
 from instap_jax.config_check import LoadedConfig
 from instap_jax.errors import UserError
-from instap_jax.evaluation.results import DIRECTORY
+from instap_jax.evaluation.results import DIRECTORY, read_result
 from instap_jax.study.tables import Row
 from instap_jax.train.metrics import read_metrics
 
@@ -85,20 +86,27 @@ class Run:
         return lines[-1]["step"] if lines else 0
 
     def evaluated(self) -> bool:
-        """Whether these weights have been measured in this way."""
+        """Whether these weights have been measured in this way, and the results are still those."""
         if self.evaluation is None:
             return True
-        tasks = self.evaluation.task.split(",")
-        if not all((self.workdir / DIRECTORY / f"{task}.json").exists() for task in tasks):
-            return False
         try:
-            return json.loads(self._marker.read_text()) == self._evaluated()
-        except (OSError, ValueError):
+            marker = dict(json.loads(self._marker.read_text()))
+            digests = self._digests()
+            self._check_steps()
+        except (OSError, ValueError, TypeError, UserError):
             return False
+        # A marker older than the digests has none: its results are taken as they are.
+        return marker.pop("sha256", digests) == digests and marker == self._evaluated()
 
     def mark_evaluated(self) -> None:
+        """Notes that the results that are there are those of `evaluate_command`.
+
+        Raises:
+          UserError: there are none, or they are of another step than the last.
+        """
+        self._check_steps()
         aside = self._marker.with_suffix(".partial")
-        aside.write_text(json.dumps(self._evaluated()) + "\n")
+        aside.write_text(json.dumps(self._evaluated() | {"sha256": self._digests()}) + "\n")
         os.replace(aside, self._marker)
 
     def done(self) -> bool:
@@ -110,6 +118,26 @@ class Run:
 
     def _evaluated(self) -> dict[str, Any]:
         return {"step": self.last, **dataclasses.asdict(self.evaluation)}
+
+    def _results(self) -> dict[str, Path]:
+        """Task -> its results file."""
+        tasks = self.evaluation.task.split(",")
+        return {task: self.workdir / DIRECTORY / f"{task}.json" for task in tasks}
+
+    def _digests(self) -> dict[str, str]:
+        """Task -> SHA-256 of its results file: `instap evaluate` by hand replaces the file."""
+        files = self._results().items()
+        return {task: hashlib.sha256(path.read_bytes()).hexdigest() for task, path in files}
+
+    def _check_steps(self) -> None:
+        for path in self._results().values():
+            for measurement in read_result(path).measurements:
+                step = measurement.protocol.step
+                if step != self.last:
+                    raise UserError(
+                        f"{path} measures step {step}, and the run ends at step {self.last}; "
+                        "use another --out"
+                    )
 
 
 def plan_run(

@@ -64,6 +64,16 @@ class Summary:
     protocols: tuple[str, ...]
     notes: tuple[str, ...]
 
+    def gap(self, lines: Sequence[Line], columns: Sequence[Column]) -> str:
+        """What stands where one of the lines has no number: '—' if none will come.
+
+        A row that was measured with every seed and not in these columns has no such number.
+        """
+        for line in lines:
+            if len(line.seeds) == len(self.seeds) and not line.values.keys() & set(columns):
+                return "—"
+        return "not yet run"
+
 
 def summarise(
     table: Table,
@@ -146,7 +156,7 @@ def _line(table: Table, row, runs: Sequence[Run], values) -> Line:
 def markdown(summary: Summary) -> str:
     """The table as Markdown: means, then paired differences, then how they were measured."""
     parts = [f"# {summary.title}", ""]
-    labels = {line.name: line.label for line in summary.lines}
+    named = {line.name: line for line in summary.lines}
     for metric, scoring, unit in dict.fromkeys(
         (c.metric, c.scoring, c.unit) for c in summary.columns
     ):
@@ -164,7 +174,7 @@ def markdown(summary: Summary) -> str:
                     f"{len(line.seeds)}/{len(summary.seeds)}",
                     f"{line.steps:,}",
                     "" if line.step_seconds is None else f"{line.step_seconds:.3f}",
-                    *(_cell(line.estimate(column)) for column in columns),
+                    *_means(summary, line, columns),
                 ]
                 for line in summary.lines
             ],
@@ -173,13 +183,9 @@ def markdown(summary: Summary) -> str:
         parts += _grid(
             ["row", "minus", *suites],
             [
-                [
-                    line.label,
-                    labels[line.rival],
-                    *(_cell(line.differences.get(column), signed=True) for column in columns),
-                ]
+                [line.label, rival.label, *_differences(summary, line, rival, columns)]
                 for line in summary.lines
-                if line.rival
+                if (rival := named.get(line.rival))
             ],
         )
         parts.append("")
@@ -201,9 +207,20 @@ def _footing(summary: Summary) -> list[str]:
     return [part for line in text for part in ([line] if line.startswith("*") else ["", line])]
 
 
-def _cell(value: Estimate | None, *, signed: bool = False) -> str:
-    if value is None:
-        return "not yet run"
+def _means(summary: Summary, line: Line, columns: Sequence[Column]) -> list[str]:
+    found = [(column, line.estimate(column)) for column in columns]
+    return [_cell(value) if value else summary.gap([line], [column]) for column, value in found]
+
+
+def _differences(summary: Summary, line: Line, rival: Line, columns: Sequence[Column]) -> list[str]:
+    found = [(column, line.differences.get(column)) for column in columns]
+    return [
+        _cell(value, signed=True) if value else summary.gap([line, rival], [column])
+        for column, value in found
+    ]
+
+
+def _cell(value: Estimate, *, signed: bool = False) -> str:
     mean = f"{value.mean:+.1f}" if signed else f"{value.mean:.1f}"
     text = mean if value.half is None else f"{mean} ± {value.half:.1f}"
     return f"**{text}**" if signed and value.excludes_zero() else text
