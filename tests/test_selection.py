@@ -127,6 +127,19 @@ def test_a_best_of_a_stretch_that_was_lost_is_replaced(finished, tmp_path):
     assert checkpoint.read_meta(str(tmp_path), which="best") == (step, meta | {"stage": "again"})
 
 
+def test_suites_and_metrics_that_are_not_there(small_set, tmp_path):
+    config = validated(small_set)
+    program = type("Program", (), {"graphdef": None})
+    make = lambda *_: lambda params, step: {"val_video/global/mean_recall": 1.0}  # noqa: E731
+    config.evaluation.metric = "val_video/instance/mean_recall"  # of a suite without instances
+    chosen = selection.Selection(config, tmp_path, program, None, make)
+    with pytest.raises(UserError, match="none of what the suites gave: val_video/global"):
+        chosen.measure({}, 1, {})
+    config.evaluation.videos = f"{small_set}/packed:val_vide"
+    with pytest.raises(UserError, match="val_vide"):
+        make_validate(config, None, None)
+
+
 def test_only_a_better_value_replaces_the_best(small_set, tmp_path, monkeypatch):
     kept, values = [], iter([3.0, 5.0, 5.0, 4.0])
 

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from instap_jax import sharding
 from instap_jax.evaluation.context import parse_suites
 from instap_jax.evaluation.encoder import make_encoder
-from instap_jax.evaluation.features import embed_suite
+from instap_jax.evaluation.features import embed_suite, open_suite
 from instap_jax.evaluation.protocols import OWN
 from instap_jax.evaluation.ranking import rank_queries
 from instap_jax.evaluation.retrieval import RECALL_AT, metrics_of_ranks
@@ -23,14 +23,17 @@ def make_validate(config: ConfigDict, mesh: Mesh, graphdef: nnx.GraphDef) -> Val
     Media are read by one thread: the workers' memory is the training data's.
 
     Raises:
-      UserError: in stage 'distill', no teacher to embed texts with, or one that embeds none.
+      UserError: a suite cannot be opened; in stage 'distill', no teacher to embed texts with, or
+        one that embeds none.
     """
     wanted = config.evaluation
+    suites = parse_suites(wanted.videos, wanted.images)
+    for suite in suites:
+        open_suite(suite.directory, suite.split, suite.kind)  # now, not when the first is due
     shards = sharding.data_shards(mesh)
     batch_size = -(-wanted.batch_size // shards) * shards
     encoder = make_encoder(config, mesh, graphdef, None, step=0)
     encoder.require_texts()
-    suites = parse_suites(wanted.videos, wanted.images)
 
     def validate(params: nnx.State, step: int) -> dict[str, float]:
         now, found = encoder.with_params(params, step), {}

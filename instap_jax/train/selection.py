@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from instap_jax.errors import UserError
 from instap_jax.train import checkpoint
 from instap_jax.train.program import Program
 
@@ -65,8 +66,16 @@ class Selection:
 
         Returns:
           The metrics under `PREFIX`, for the run's log.
+
+        Raises:
+          UserError: the metric to choose by is none of them.
         """
         found = self._validate(params, step)
+        if self._metric and self._metric not in found:
+            raise UserError(
+                f"config.evaluation.metric={self._metric!r} is none of what the suites gave: "
+                f"{', '.join(found)}"
+            )
         if self._metric:
             value = found[self._metric]
             if value > self._best:
