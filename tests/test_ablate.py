@@ -20,6 +20,7 @@ from made_up_runs import made_up_retrieval
 from tiny import load_config
 
 from instap_jax import config_check, main
+from instap_jax.commands import ablate
 from instap_jax.config_check import LoadedConfig
 from instap_jax.evaluation.results import write_result
 from instap_jax.study import plot, runner, runs, tables
@@ -354,6 +355,13 @@ def test_what_cannot_be_run_is_refused_in_one_line_and_nothing_is_run(desk, caps
     assert err.startswith("instap ablate: ") and err.count("\n") == 1
     assert words in err
     assert desk.calls() == []
+
+
+def test_what_probes_are_fitted_on_may_have_one_split_name(packed):
+    given = dict.fromkeys(("probe_videos", "probe_images"), f"{packed}/packed:train")
+    given |= {"videos": f"{packed}/packed:video_1k", "images": "", "task": ["retrieval", "probe"]}
+    values = {name: SimpleNamespace(value=value) for name, value in given.items()}
+    assert ablate._evaluation(values).probe_images == given["probe_images"]
 
 
 def test_a_second_study_in_the_directory_is_refused(desk, capsys):

@@ -130,7 +130,7 @@ def test_a_best_of_a_stretch_that_was_lost_is_replaced(finished, tmp_path):
 def test_suites_and_metrics_that_are_not_there(small_set, tmp_path):
     config = validated(small_set)
     program = type("Program", (), {"graphdef": None})
-    make = lambda *_: lambda params, step: {"val_video/global/mean_recall": 1.0}  # noqa: E731
+    make = lambda *_: lambda params, step: {"val_video/global/mean_recall": 1.0}
     config.evaluation.metric = "val_video/instance/mean_recall"  # of a suite without instances
     chosen = selection.Selection(config, tmp_path, program, None, make)
     with pytest.raises(UserError, match="none of what the suites gave: val_video/global"):

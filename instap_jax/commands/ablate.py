@@ -85,7 +85,9 @@ def _evaluation(values: flags.FlagValues) -> Evaluation:
         raise UserError(f"--task={tasks}: tasks are {', '.join(TASKS)}")
     if not given["videos"] and not given["images"]:
         raise UserError("no suite: give --videos=DIR:SPLIT or --images=DIR:SPLIT")
-    for names in (("videos", "images"), ("probe_videos", "probe_images")):
-        for suite in parse_suites(*(given[name] for name in names)):
-            open_source(suite.directory, suite.split, suite.kind)
+    suites = parse_suites(given["videos"], given["images"])
+    # Each by itself: what probes are fitted on is not measured and may share a split name.
+    suites += parse_suites(given["probe_videos"], "") + parse_suites("", given["probe_images"])
+    for suite in suites:
+        open_source(suite.directory, suite.split, suite.kind)
     return Evaluation(task=tasks, **given)
