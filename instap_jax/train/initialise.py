@@ -116,8 +116,8 @@ def _text(config: ConfigDict, abstract: nnx.State, fresh: nnx.State) -> tuple[An
     else must be there.
     """
     source = config.text.checkpoint
-    _, meta = checkpoint.read_meta(source)
-    if checkpoint.module_names(source) != ("text",):
+    step, meta = checkpoint.read_meta(source)
+    if checkpoint.module_names(source, step=step) != ("text",):
         raise UserError(
             f"config.text.checkpoint={source} is no text encoder: `instap convert --from=bert` "
             "makes one; a run is taken by config.checkpoint.init_from"
@@ -127,7 +127,7 @@ def _text(config: ConfigDict, abstract: nnx.State, fresh: nnx.State) -> tuple[An
     left = {tuple(name.split(".")[1:]) for name in meta["fresh"]}
     places = dict(nnx.to_flat_state(abstract))
     wanted = {place: leaf for place, leaf in places.items() if place not in left}
-    read = checkpoint.read_params(source, nnx.from_flat_state(wanted), select=("text",))
+    read = checkpoint.read_params(source, nnx.from_flat_state(wanted), select=("text",), step=step)
     merged = dict(nnx.to_flat_state(fresh)) | dict(nnx.to_flat_state(nnx.State(_plain(read))))
     count = f", {len(left)} arrays that it has not fresh" if left else ""
     return nnx.from_flat_state(merged).raw_mapping, f"from {source} ({_kind(meta)}){count}"
