@@ -198,13 +198,13 @@ def test_aligned_models_are_probed_at_their_instance_embeddings_too():
 def test_an_attribute_that_few_have_is_named_and_not_probed():
     encoder = SimpleNamespace(weights="aligned", step=3)
     suite, fit = suite_of("a", 120, seed=0), suite_of("b", 120, seed=1)
-    for instance in fit.instance_facts[:81]:
+    for instance in fit.instance_facts[:91]:
         del instance.attributes["size"]
     for measurement in measure_probes(encoder, suite, fit):
         assert measurement.metrics.keys() == {"side"}
-        assert measurement.remarks == ["too few in b to fit on: size (39)"]
-    with pytest.raises(UserError, match="b: 39 entities are too few to fit probes on"):
-        measure_probes(encoder, suite, suite_of("b", 39, seed=1))
+        assert measurement.remarks == ["too few in b to fit on: size (29)"]
+    with pytest.raises(UserError, match="b: 29 entities are too few to fit probes on"):
+        measure_probes(encoder, suite, suite_of("b", 29, seed=1))
 
 
 def test_a_position_counts_where_it_holds_all_the_time():

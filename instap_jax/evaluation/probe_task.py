@@ -24,7 +24,7 @@ PROBED = (
 
 NEIGHBOURS = 20
 # Of an attribute, so that its neighbours are more than a draw from most of what there is.
-LEAST_EXAMPLES = 2 * NEIGHBOURS
+LEAST_EXAMPLES = 30
 
 
 def measure(context: Context) -> list[Measurement]:
