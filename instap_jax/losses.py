@@ -251,10 +251,10 @@ def _cross_entropy(logits: Float[Array, "*b w"], labels: Int[Array, "*b"]) -> Fl
 
 
 def _normalise(x: Float[Array, "... p"]) -> Float[Array, "... p"]:
-    """x / |x| along the last axis; zero, with zero gradient, where |x| < 1e-12."""
+    """x / |x| along the last axis; zero, with zero gradient, where |x| <= 1e-12; NaN stays NaN."""
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    safe = square > 1e-24
-    return jnp.where(safe, x * jax.lax.rsqrt(jnp.where(safe, square, 1.0)), 0)
+    zero = square <= 1e-24
+    return jnp.where(zero, 0, x * jax.lax.rsqrt(jnp.where(zero, 1.0, square)))
 
 
 def _mean(values: Array, where: Bool[Array, "..."]) -> Float[Array, ""]:

@@ -469,3 +469,14 @@ def test_admissible_pairs_leave_out_repeats_padding_and_the_pair_itself():
             and TEXT_IDS[i] != TEXT_IDS[j]
         )
         assert admissible[i, j] == expected
+
+
+def test_embeddings_that_are_nan_make_the_loss_nan():
+    """Taken for zeros they would give a finite loss, which no guard stops."""
+    x = jnp.ones((1, 4, 8)).at[0, 1].set(jnp.nan)
+    assert jnp.isnan(losses.distillation_loss(x[None], jnp.ones((1, 1, 4, 8)), jnp.ones(1, bool)))
+    valid, ids = jnp.ones(4, bool), jnp.arange(4)
+    out = losses.contrastive_loss(
+        x[0], jnp.eye(4, 8), jnp.float32(0.07), valid=valid, video_ids=ids, text_ids=ids
+    )
+    assert jnp.isnan(out.loss)

@@ -133,7 +133,14 @@ class _ReadStep:
 def pad_instances(batch: Batch, budget: int) -> Batch:
     """The batch with instance slots up to `budget` a group; the new ones are not valid."""
     padded = dict(batch)
-    for name in ("boxes", "present", "instance_valid", "parent", "instance_text"):
+    for name in (
+        "boxes",
+        "present",
+        "instance_valid",
+        "parent",
+        "instance_text",
+        "instance_text_hash",
+    ):
         array = batch[name]
         width = [(0, 0)] * array.ndim
         width[1] = (0, budget - array.shape[1])
