@@ -16,6 +16,7 @@ from instap_jax.aot import kernels
 from instap_jax.errors import UserError
 from instap_jax.models import attention_backends as backends
 from instap_jax.models import depth, layers, placement
+from instap_jax.models.kernels import layer_norm
 from instap_jax.models.teacher import ClipVision
 from instap_jax.models.vision import VisionEncoder
 
@@ -215,6 +216,7 @@ def choose(
     mesh = types.SimpleNamespace(
         empty=platform is None,
         auto_axes=tuple(sizes),
+        manual_axes=(),
         shape=sizes,
         abstract_device=types.SimpleNamespace(platform=platform, device_kind=kind),
     )
@@ -251,6 +253,24 @@ def choose(
 )
 def test_auto_goes_by_the_platform_of_the_mesh_and_the_length(expected, case):
     assert choose("auto", **case) == expected
+
+
+@pytest.mark.parametrize("name", ["tpu", "gpu"])
+def test_within_shard_map_xla_computes(monkeypatch, name):
+    """As re-ranking does: a kernel would split the mesh's axes a second time."""
+    monkeypatch.setattr(backends, "platform", lambda: name)
+    monkeypatch.setattr(layer_norm, "platform", lambda: name)
+    data = jax.sharding.PartitionSpec(("replica", "fsdp"))
+    x = jax.ShapeDtypeStruct((4, 256, WIDTH), jnp.bfloat16)
+
+    def inside(x):
+        norm = layers.LayerNorm(WIDTH, eps=1e-6, dtype=jnp.bfloat16)
+        return layers.dot_product_attention(norm(x), x, x, heads=HEADS, backend="auto")
+
+    mesh = mesh_of(jax.devices(), 1, 4, 2)
+    split = jax.shard_map(inside, mesh=mesh, in_specs=data, out_specs=data, check_vma=False)
+    jaxpr = jax.make_jaxpr(split)(x)
+    assert "pallas" not in str(jaxpr) and "cudnn" not in str(jaxpr)
 
 
 @pytest.mark.parametrize("masked", [False, True])

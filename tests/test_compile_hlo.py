@@ -269,6 +269,19 @@ Total bytes: 41965305344 (39.08GiB)
 """
 
 
+def test_temporaries_are_read_from_the_buffer_assignment():
+    assignment = """BufferAssignment:
+allocation 0: size 512, thread-local:
+ value: <30 select.34 @0> (size=512,offset=0): pred[]{:T(512)}
+allocation 2: size 262144, page 0, output shape is |f32[128,512]|, maybe-live-out:
+allocation 253: size 4096, color 5, page 0, preallocated-temp:
+allocation 256: size 2458112, preallocated-temp:
+allocation 257: size 18743296, color 1, preallocated-temp:
+"""
+    assert compiling.temporaries(assignment) == {0: 2458112, 1: 18743296, 5: 4096}
+    assert compiling.temporaries("") == {}
+
+
 def test_largest_buffers():
     assert compiling.largest_buffers(BUFFERS) == [
         (25 << 30, "f32[512,16,197,197], bf16[6,8,4]"),

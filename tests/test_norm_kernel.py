@@ -106,6 +106,7 @@ def fits(monkeypatch, platform, backend, shape, *, tensor):
     mesh = types.SimpleNamespace(
         empty=False,
         auto_axes=("fsdp",),
+        manual_axes=(),
         shape={"fsdp": 2, "tensor": tensor},
         abstract_device=types.SimpleNamespace(platform=platform),
     )

@@ -11,8 +11,8 @@ The platform is that of the current mesh (`jax.set_mesh`), which is not always t
 a program for TPUs is compiled ahead of time on a machine without one. Without a mesh it is XLA.
 
 Some attentions need XLA whatever is named: where probabilities are dropped out, scaled or returned
-(no kernel holds them), where heads or batch do not divide over the mesh, and on a TPU where the
-heads of a device do not fill whole registers. A kernel named for a platform or dtype that cannot
+(no kernel holds them), where heads or batch do not divide over the mesh or `shard_map` has split
+them already, and on a TPU where the heads of a device do not fill whole registers. A kernel named for a platform or dtype that cannot
 run it is an error.
 
 Axis letters: b samples, n query tokens, m key tokens, h heads, c channels of a head, e = h * c.
@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 from instap_jax.errors import UserError
 from instap_jax.models.kernels import attention as attention_kernel
 from instap_jax.models.kernels import tiles
-from instap_jax.models.placement import data_ways, device_kind, platform
+from instap_jax.models.placement import data_ways, device_kind, is_split_already, platform
 from instap_jax.sharding import DATA_AXES
 
 Array = jax.Array
@@ -62,7 +62,7 @@ def choose(
             f"config.compute.attention='cudnn' needs config.compute.dtype='bfloat16', not '{dtype}'"
         )
     ways = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
-    divides = samples % data_ways() == 0 and heads % ways == 0
+    divides = samples % data_ways() == 0 and heads % ways == 0 and not is_split_already()
     if backend == "pallas":
         divides = divides and tiles.LANES % (width // heads) == 0
         divides = divides and width // ways % tiles.LANES == 0

@@ -85,7 +85,7 @@ class InstAP(nnx.Module):
         self.vision_projection = projection(width)
         self.text = TextEncoder(config.text, vision_width=width, **options)
         self.text_projection = projection(config.text.width)
-        self.match_head = MatchHead(config.text.width, dtype=dtype, rngs=rngs)
+        self.match_head = MatchHead(config.text.width, rngs=rngs)
         self.cross_attention = InstanceCrossAttention(
             width,
             align.cross_attention_heads,

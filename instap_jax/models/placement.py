@@ -27,6 +27,11 @@ def data_ways() -> int:
     return math.prod(mesh.shape[axis] for axis in split)
 
 
+def is_split_already() -> bool:
+    """Whether this is within `shard_map`, where no kernel can be given the mesh's axes again."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def platform() -> str:
     """'tpu', 'gpu' or 'cpu': that of the current mesh's devices; 'cpu' without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()

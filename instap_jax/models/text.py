@@ -265,9 +265,10 @@ class MaskedLanguageHead(nnx.Module):
 class MatchHead(nnx.Module):
     """UMT's itm_head: two logits, [not a pair, a pair], from the fused [CLS] token."""
 
-    def __init__(self, width: int, *, dtype: Any, rngs: nnx.Rngs):
-        self.linear = Linear(width, 2, axes=("embed", None), dtype=dtype, rngs=rngs)
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        # Re-ranking orders by these: in bfloat16 one of 128 candidates in four ties with another.
+        self.linear = Linear(width, 2, axes=("embed", None), dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, tokens: Array) -> Array:
         """Fused tokens [B, s, d] -> float32 [B, 2]."""
-        return self.linear(tokens[:, 0]).astype(jnp.float32)
+        return self.linear(tokens[:, 0])

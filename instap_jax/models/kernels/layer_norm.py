@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
 from instap_jax.models.kernels import tiles
-from instap_jax.models.placement import data_ways, platform
+from instap_jax.models.placement import data_ways, is_split_already, platform
 from instap_jax.sharding import DATA_AXES
 
 Array = jax.Array
@@ -27,6 +27,8 @@ _ROWS = 256  # tokens a program takes at once, at most
 def fits(backend: str, shape: tuple[int, ...]) -> bool:
     """Whether the kernel normalises an array of this shape [..., b, n, d] on the current mesh."""
     if platform() != "tpu" or backend not in ("auto", "pallas") or len(shape) < 3:
+        return False
+    if is_split_already():
         return False
     samples, tokens, width = shape[-3:]
     if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1:
