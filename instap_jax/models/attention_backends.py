@@ -12,8 +12,8 @@ a program for TPUs is compiled ahead of time on a machine without one. Without a
 
 Some attentions need XLA whatever is named: where probabilities are dropped out, scaled or returned
 (no kernel holds them), where heads or batch do not divide over the mesh or `shard_map` has split
-them already, and on a TPU where the heads of a device do not fill whole registers. A kernel named for a platform or dtype that cannot
-run it is an error.
+them already, and on a TPU where the heads of a device do not fill whole registers. A kernel named
+for a platform or dtype that cannot run it is an error.
 
 Axis letters: b samples, n query tokens, m key tokens, h heads, c channels of a head, e = h * c.
 """
