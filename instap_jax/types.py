@@ -42,7 +42,7 @@ class Fault(enum.IntEnum):
     UNKNOWN_LABEL = 6
     TIMEOUT = 7  # reading it took longer than data.decode_timeout
     DECODER_CRASHED = 8  # reading it ended the worker process, twice
-    MISSING_RECORD = 9  # its shard is gone, or holds fewer records than the manifest says
+    MISSING_RECORD = 9  # its shard is gone, or holds fewer records than the set's description says
     FOREIGN_RECORD = 10  # the record in its place was packed for another place, or another set
 
 

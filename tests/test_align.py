@@ -1,5 +1,7 @@
 """The complete objective of stage 'align' on random batches: what counts, and what must not."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -227,6 +229,22 @@ def test_matching_draws_negatives_within_the_group_and_only_true_ones():
             assert text_ids[0, video] != text_ids[0, text], "the same sentence"
             assert video_ids[0, video] != video_ids[0, text], "the same video"
             assert valid[0, video] and valid[0, text]
+    alone = dataclasses.replace(pairs, video_ids=jnp.zeros((groups, size), jnp.int32))
+    _, details = matching(model, alone, ids, carried, carried, jax.random.key(0))
+    assert details["accuracy"] == 0, "true pairs count only beside false ones"
+
+
+def test_anchors_lie_where_the_patches_of_a_crop_do():
+    """A crop twice as wide as its box, in a corner, ends at the picture's edge; so do its codes."""
+    embedded = []
+    for context, corner in ((1.0, 0.75), (2.0, 0.5)):
+        config = align_config(**{"align.scene_anchor": True, "align.crop_context": context})
+        batch = batch_for(config, groups=1)
+        boxes = np.broadcast_to(np.float32([0, 0, corner, corner]), batch["boxes"].shape)
+        model = objective(config).create(config, nnx.Rngs(0))
+        out, _ = encoder._embed_aligned(config, model, changed(batch, boxes=boxes))
+        embedded.append(out["instance"])
+    np.testing.assert_allclose(*embedded, atol=1e-5)
 
 
 def traced(config):

@@ -44,6 +44,7 @@ def aligned(small_set, tmp_path_factory):
     changes = {
         "data.videos": f"{small_set}/packed:train",
         "tokenizer.path": f"{small_set}/tokenizer.model",
+        "data.batch_size": 16,  # groups of two: each has a negative
         "align.vtm": 1.0,
         "align.inst_vtm": 1.0,
         "stop_at": 1,
@@ -71,6 +72,15 @@ def eight(encoders, small_set):
 def evaluate(workdir, small_set, *flags):
     return main.main(["evaluate", f"--workdir={workdir}", f"--videos={small_set}/packed:{SUITE}",
                       "--batch_size=8", *flags])  # fmt: skip
+
+
+def test_texts_are_cut_where_asked(aligned, small_set, capsys):
+    assert evaluate(aligned, small_set, "--top_k=0", "--text_length=5") == 0
+    result = json.loads((aligned / "eval" / "retrieval.json").read_text())
+    assert all("texts cut to 5 tokens" in m["protocol"]["notes"] for m in result["measurements"])
+    capsys.readouterr()
+    assert evaluate(aligned, small_set, "--text_length=9999") == 2
+    assert "has positions for" in capsys.readouterr().err
 
 
 def test_rows_are_records_and_instances_in_order(eight, small_set):

@@ -91,7 +91,10 @@ def test_several_videos_a_caption():
     assert texts == ["run", "jump"] and samples == [[0, 2], [1]]
 
 
-def test_a_protocol_says_when_its_frames_are_not_used():
+def test_a_protocol_says_when_its_frames_or_length_are_not_used():
     preset = protocols.find("instvl-1k-video")
-    assert "not the preset's 16 frames" in preset.line(4)
-    assert "not the preset's" not in preset.line(16)
+    assert "not the preset's 16 frames" in preset.line(4, 32)
+    assert "not the preset's" not in preset.line(16, 32)
+    paragraphs = protocols.find("didemo")
+    assert "not the preset's 64 tokens of text" in paragraphs.line(16, 32)
+    assert "not the preset's" not in paragraphs.line(16, 64)

@@ -27,6 +27,13 @@ def define_flags(values: flags.FlagValues) -> None:
     text("images", "", "image suites")
     number("batch_size", 32, "samples a step, over all devices")
     number("frames", None, "frames of a clip (default: as in training)")
+    number(
+        "text_length",
+        None,
+        "retrieval, choice, errors: tokens that texts are cut to (default: the preset's, or as in "
+        "training)",
+        low=2,
+    )
     number("workers", None, "processes that read and decode (default: as in training)", low=0)
     flags.DEFINE_enum(
         "checkpoint",

@@ -163,7 +163,7 @@ class _Turns:
 
 @functools.lru_cache(maxsize=32)
 def _order(seed: int, corpus: int, epoch: int, length: int) -> np.ndarray:
-    """Returns the order of the records in an epoch: 4 bytes each, in every worker.
+    """Returns the order of the records in an epoch: 4 bytes each, in the main process.
 
     grain's own shuffle needs no memory, but milliseconds for each sample of a small corpus.
     """

@@ -25,6 +25,7 @@ class Options:
     Attributes:
       batch_size: samples a step, over all devices.
       frames: T of a clip; None: as many as the run was trained on.
+      text_length: tokens that captions are cut to; None: the preset's, or as in training.
       workers: processes that read and decode; None: `data.workers` of the run.
       checkpoint: 'newest' or 'best', which checkpoint of the run.
       protocol: name of a retrieval preset; '': a suite of one's own.
@@ -41,6 +42,7 @@ class Options:
 
     batch_size: int = 32
     frames: int | None = None
+    text_length: int | None = None
     workers: int | None = None
     checkpoint: str = "newest"
     protocol: str = ""
@@ -107,8 +109,21 @@ class Context:
 
     @functools.cached_property
     def encoder(self) -> Encoder:
-        """The checkpoint that is evaluated."""
-        return load_encoder(self.workdir, self.mesh, which=self.options.checkpoint)
+        """The checkpoint that is evaluated.
+
+        Raises:
+          UserError: see `load_encoder`; texts longer than it has positions for.
+        """
+        encoder = load_encoder(self.workdir, self.mesh, which=self.options.checkpoint)
+        length = self.options.text_length or self.preset.text_length or encoder.text_length
+        most = encoder.config.text.max_length
+        if length > most:
+            asked = "--text_length" if self.options.text_length else f"--protocol={self.preset.name}"
+            raise UserError(
+                f"{asked} reads {length} tokens of a text, and the text encoder of {self.workdir} "
+                f"has positions for {most}; give --text_length={most} or less"
+            )
+        return dataclasses.replace(encoder, text_length=length)
 
     def features(self, suite: Suite, *, tokens: bool = False) -> SuiteFeatures:
         """The embeddings of a suite: each suite once, however many tasks want it.

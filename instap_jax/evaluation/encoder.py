@@ -66,6 +66,7 @@ class Encoder:
       weights: whose they are, for the protocol; `step` of training.
       instances: how instances are embedded, for the protocol; '' where they are not.
       temperature, instance_temperature: of (2) and of (8).
+      text_length: tokens that texts are cut to.
     """
 
     config: ConfigDict
@@ -76,6 +77,7 @@ class Encoder:
     weights: str
     step: int
     instances: str
+    text_length: int
 
     def embed(self, batch: Batch, *, tokens: bool = False) -> dict[str, jax.Array]:
         """Embeds a batch [g, b, ...] on the mesh (`put`).
@@ -115,9 +117,8 @@ class Encoder:
         )
 
     def tokenize(self, texts: Sequence[str]) -> np.ndarray:
-        """int32 [n, s], cut to `tokenizer.length`."""
-        tokenizer, length = self._tokenizer, self.config.tokenizer.length
-        return np.stack([tokenizer.encode(text, length) for text in texts])
+        """int32 [n, s], cut to `text_length`."""
+        return np.stack([self._tokenizer.encode(text, self.text_length) for text in texts])
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [n, p], l2-normalised; equal texts have equal embeddings, bit for bit.
@@ -278,6 +279,7 @@ def make_encoder(
         weights=_WEIGHTS[config.stage],
         step=step,
         instances=_instances_name(own_config),
+        text_length=config.tokenizer.length,
     )
 
 

@@ -62,7 +62,7 @@ def _measure_suite(context: Context, suite: Suite) -> tuple[Measurement, list[Ca
         errors, metrics[direction] = sort_errors(instances, *wrong_retrievals(queries, candidates))
         for error in choose_cases(errors):
             cases.append(_case(suite, direction, source, instances, error, found.frames))
-    length = context.encoder.config.tokenizer.length
+    length = context.encoder.text_length
     measurement = Measurement(
         protocol=context.protocol(
             suite,

@@ -38,6 +38,7 @@ class RetrievalProtocol:
       texts: the same for texts.
       kind: of the samples; None: either.
       frames: T of a clip; None: as many as the run was trained on.
+      text_length: tokens that texts are cut to; None: as many as in training.
       instances: whether instances are measured too, where the run embeds them.
     """
 
@@ -47,20 +48,35 @@ class RetrievalProtocol:
     texts: tuple[int, ...] = ()
     kind: Kind | None = None
     frames: int | None = None
+    text_length: int | None = None
     instances: bool = False
 
-    def line(self, frames: int) -> str:
-        """What a reader must know, for the notes of a measurement taken with T = `frames`."""
+    def line(self, frames: int, text_length: int) -> str:
+        """What a reader must know, for the notes of a measurement taken with these two."""
         parts = [f"preset {self.name}" if self.name else "", str(self.captions)]
         if self.frames not in (None, frames):
             parts.append(f"not the preset's {self.frames} frames")
+        if self.text_length not in (None, text_length):
+            parts.append(f"not the preset's {self.text_length} tokens of text")
         return "; ".join(part for part in parts if part)
 
 
-def _video(name: str, captions: Captions, samples: tuple[int, ...], texts: tuple[int, ...]):
+def _video(
+    name: str,
+    captions: Captions,
+    samples: tuple[int, ...],
+    texts: tuple[int, ...],
+    text_length: int | None = None,
+):
     """A public benchmark at the paper's 16 frames (UMT fine-tunes and tests at 12)."""
     return RetrievalProtocol(
-        name=name, captions=captions, samples=samples, texts=texts, kind=Kind.VIDEO, frames=16
+        name=name,
+        captions=captions,
+        samples=samples,
+        texts=texts,
+        kind=Kind.VIDEO,
+        frames=16,
+        text_length=text_length,
     )
 
 
@@ -82,10 +98,11 @@ PRESETS = {
     preset.name: preset
     for preset in (
         _video("msrvtt-1k-a", Captions.EACH, (1000,), (1000,)),
-        _video("didemo", Captions.JOINED, (1003, 1004), (1003, 1004)),
+        # Paragraphs: UMT's max_txt_l, in exp/zero_shot/ret_didemo/l16.py, finetuning/ret_anet.
+        _video("didemo", Captions.JOINED, (1003, 1004), (1003, 1004), 64),
         _video("msvd", Captions.EACH, (670,), (27763,)),
         _video("lsmdc", Captions.EACH, (1000,), (1000,)),
-        _video("activitynet", Captions.JOINED, (4917,), (4917,)),
+        _video("activitynet", Captions.JOINED, (4917,), (4917,), 150),
         _instvl("instvl-1k-img", 1000, Kind.IMAGE),
         _instvl("instvl-10k-img", 10000, Kind.IMAGE),
         _instvl("instvl-1k-img-zero", 1000, Kind.IMAGE),

@@ -252,12 +252,12 @@ def _match(
 
 
 def _notes(context: Context, found: SuiteFeatures, unit: Unit) -> str:
-    preset, parts = context.preset, []
+    preset, length, parts = context.preset, context.encoder.text_length, []
     if unit.name == SAMPLES:
-        parts.append(preset.line(found.frames))
+        parts.append(preset.line(found.frames, length))
     elif preset.name:
         parts.append(f"preset {preset.name}")
-    parts.append(f"texts cut to {context.encoder.config.tokenizer.length} tokens")
+    parts.append(f"texts cut to {length} tokens")
     if context.options.merge_equal_texts:
         parts.append("equal texts merged, each correct with all it belongs to")
     shown = unit.shown if unit.name == SAMPLES else "regions of the instances"

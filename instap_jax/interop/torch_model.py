@@ -562,17 +562,17 @@ class InstAP(nn.Module):
         size = align["crop_size"]
         if align["still_boxes"]:
             boxes, present = hold_still(boxes, present)
-        boxes = enlarge(boxes, align["crop_context"])
+        shown = enlarge(boxes, align["crop_context"]).clamp(0, 1)
         if not len(boxes):
             return (scene.new_zeros(0, vision["width"]),) * 2
-        crops = torch.stack([crop_and_resize(clip, b, size) for b in boxes])
+        crops = torch.stack([crop_and_resize(clip, b, size) for b in shown])
         side = size // vision["patch"]
         mask = present.repeat_interleave(side**2, dim=1)
         tokens = self.vision_encoder.encoder(self.normalise(crops), mask)
         crop = masked_mean(tokens, mask)
         if align["scene_anchor"]:
             scene_side = vision["image_size"] // vision["patch"]
-            codes = scene_codes(vision, boxes, side, scene_side)
+            codes = scene_codes(vision, shown, side, scene_side)
             tokens = tokens + codes.to(tokens.dtype)
         features = [size_features(boxes)] * align["size_code"]
         features += [motion_features(boxes, present)] * align["motion_code"]

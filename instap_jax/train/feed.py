@@ -40,7 +40,7 @@ def batch_shape(config: ConfigDict, mesh: Mesh) -> tuple[int, int]:
     that groups stay the same when the number of devices changes.
 
     Raises:
-      UserError: when the batch does not divide.
+      UserError: when the batch does not divide, or leaves matching without negatives.
     """
     size = config.data.batch_size
     parts = sharding.data_shards(mesh) * config.optimizer.accumulate
@@ -51,6 +51,12 @@ def batch_shape(config: ConfigDict, mesh: Mesh) -> tuple[int, int]:
             f"parts ({sharding.data_shards(mesh)} data shards x "
             f"{config.optimizer.accumulate} accumulation steps); "
             f"choose a multiple of {parts * group}"
+        )
+    if group < 2 and config.stage == "align" and (config.align.vtm or config.align.inst_vtm):
+        raise UserError(
+            "config.align.vtm and config.align.inst_vtm draw their negatives from a sample's group, "
+            f"and config.data.batch_size={size} over {parts} parts leaves groups of one; "
+            f"choose at least {2 * parts}, or set both weights to 0"
         )
     return size // group, group
 

@@ -36,12 +36,13 @@ def see_instances(
     boxes, present = batch["boxes"], batch["present"]
     if align.still_boxes:
         boxes, present = box.hold_still(boxes, present)
-    boxes = box.enlarge(boxes, align.crop_context)
+    # Within the picture, as the crop is: anchors lie where its patches do.
+    shown = jnp.clip(box.enlarge(boxes, align.crop_context), 0, 1)
     crops = instance_crops(
-        batch["frames"], batch["extent"], boxes, batch["parent"], size, flip=view.flip
+        batch["frames"], batch["extent"], shown, batch["parent"], size, flip=view.flip
     )
     mask = token_mask(present, (size // patch) ** 2)
-    codes = _codes(config, model, boxes, present, batch["parent"], view, size // patch)
+    codes = _codes(config, model, boxes, shown, batch, present, view, size // patch)
     visible = None
     if mask_ratio:
         visible = _random_visible(mask_key, mask.shape, crops.shape[2], mask_ratio)
@@ -73,19 +74,27 @@ def _random_visible(key: jax.Array, shape: tuple[int, ...], frames: int, ratio: 
 
 
 def _codes(
-    config: ConfigDict, model: InstAP, boxes, present, parent, view: View, crop_side: int
+    config: ConfigDict,
+    model: InstAP,
+    boxes: jax.Array,
+    shown: jax.Array,
+    batch: Batch,
+    present: jax.Array,
+    view: View,
+    crop_side: int,
 ) -> jax.Array | None:
     """What crop tokens carry of their place, size and motion in the scene, [g, n, l, d], or None.
 
-    By the boxes as the scene branch's view shows them, which is what (5) attends to.
+    Places by what the crops show, size and motion by the boxes themselves, both as the scene
+    branch's view has them, which is what (5) attends to.
     """
     align, codes = config.align, []
-    shown, flip = gather_in_group((view.boxes, view.flip), parent)
-    boxes = box.to_view(boxes, shown, flip)
+    frame, flip = gather_in_group((view.boxes, view.flip), batch["parent"])
+    boxes, shown = (box.to_view(corners, frame, flip) for corners in (boxes, shown))
     if align.scene_anchor:
         codes.append(
             box.scene_codes(
-                boxes,
+                shown,
                 crop_side=crop_side,
                 scene_side=config.vision.image_size // config.vision.patch,
                 width=config.vision.width,

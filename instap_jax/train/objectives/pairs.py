@@ -63,8 +63,9 @@ def matching(
     visual = jnp.concatenate([visual, other_visual, visual], axis=1)
     tokens = jnp.concatenate([tokens, tokens, other_tokens], axis=1)
     ids = jnp.concatenate([ids, ids, other_ids], axis=1)
-    valid = pairs.valid
-    valid = jnp.concatenate([valid, valid & videos[1], valid & texts[1]], axis=1)
+    # A true pair counts beside a false one: alone it would teach to call everything a match.
+    false = [pairs.valid & found[1] for found in (videos, texts)]
+    valid = jnp.concatenate([false[0] | false[1], *false], axis=1)
     true = jnp.zeros(valid.shape, jnp.int32).at[:, : pairs.valid.shape[1]].set(1)
     fused = model.text.fuse(flat(tokens), text_mask(flat(ids)), flat(visual), key=drop_key)
     logits, labels, valid = model.match_head(fused), flat(true), flat(valid)
