@@ -14,6 +14,10 @@ class UserError(Exception):
     """
 
 
+class UnreadableSample(UserError):
+    """A sample of a suite cannot be read, so the suite is not measured."""
+
+
 class Stopped(KeyboardInterrupt):
     """A signal has ended the run between two steps, in all its processes, and it is saved."""
 

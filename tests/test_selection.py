@@ -12,6 +12,7 @@ from tiny import tiny_config
 
 from instap_jax import config_check, main
 from instap_jax.errors import UserError
+from instap_jax.evaluation import features
 from instap_jax.evaluation.validation import make_validate
 from instap_jax.train import checkpoint, loop, selection
 from instap_jax.train.metrics import read_metrics
@@ -125,6 +126,22 @@ def test_a_best_of_a_stretch_that_was_lost_is_replaced(finished, tmp_path):
     params = nnx.State({"module": {"x": np.full(3, 7.0, np.float32)}})
     checkpoint.write_best(str(tmp_path), params, step=step, meta=meta | {"stage": "again"})
     assert checkpoint.read_meta(str(tmp_path), which="best") == (step, meta | {"stage": "again"})
+
+
+def test_an_unreadable_sample_costs_the_measurement_and_not_the_run(
+    small_set, tmp_path, monkeypatch, capsys
+):
+    refuse, batches = features.refuse_faults, []
+
+    def refuse_one(out, source):
+        batches.append(1)
+        fault = out["fault"] | (len(batches) == 3)  # of two in every validation
+        refuse(out | {"fault": fault}, source)
+
+    monkeypatch.setattr(features, "refuse_faults", refuse_one)
+    train(validated(small_set), tmp_path)
+    assert sorted(logged(tmp_path)) == [1, 3, 4]
+    assert "step 2: not validated, training goes on: " in capsys.readouterr().err
 
 
 def test_suites_and_metrics_that_are_not_there(small_set, tmp_path):

@@ -118,10 +118,10 @@ class Context:
         length = self.options.text_length or self.preset.text_length or encoder.text_length
         most = encoder.config.text.max_length
         if length > most:
-            asked = "--text_length" if self.options.text_length else f"--protocol={self.preset.name}"
+            asked = "" if self.options.text_length else f"--protocol={self.preset.name}: "
             raise UserError(
-                f"{asked} reads {length} tokens of a text, and the text encoder of {self.workdir} "
-                f"has positions for {most}; give --text_length={most} or less"
+                f"{asked}texts of {length} tokens, and the text encoder of {self.workdir} has "
+                f"positions for {most}; give --text_length={most} or less"
             )
         return dataclasses.replace(encoder, text_length=length)
 

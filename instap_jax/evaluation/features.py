@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from instap_jax import sharding
 from instap_jax.data.records import RecordSource, open_source
 from instap_jax.data.suite import Facts, InstanceFacts, SuiteBatch, pad_instances, read_suite
-from instap_jax.errors import UserError
+from instap_jax.errors import UnreadableSample, UserError
 from instap_jax.evaluation.encoder import PASSED_KEYS, Encoder
 from instap_jax.progress import Progress
 from instap_jax.types import Fault, Kind
@@ -228,10 +228,10 @@ def _facts(content: dict[str, Any]) -> Facts:
 
 
 def refuse_faults(out: dict[str, np.ndarray], source: RecordSource) -> None:
-    """Raises UserError where `fault` of `out`, flat over samples, names an unreadable `record`."""
+    """Raises UnreadableSample where `fault` of `out`, flat over samples, names one of `record`."""
     for place in np.flatnonzero(out["fault"]):
         record, fault = int(out["record"][place]), Fault(int(out["fault"][place]))
-        raise UserError(
+        raise UnreadableSample(
             f"{source.record_id(record)} cannot be read ({fault.name.lower()}); a suite is "
             "measured whole or not at all"
         )

@@ -54,8 +54,8 @@ def batch_shape(config: ConfigDict, mesh: Mesh) -> tuple[int, int]:
         )
     if group < 2 and config.stage == "align" and (config.align.vtm or config.align.inst_vtm):
         raise UserError(
-            "config.align.vtm and config.align.inst_vtm draw their negatives from a sample's group, "
-            f"and config.data.batch_size={size} over {parts} parts leaves groups of one; "
+            "config.align.vtm and config.align.inst_vtm draw negatives from a sample's group, and "
+            f"config.data.batch_size={size} over {parts} parts leaves groups of one; "
             f"choose at least {2 * parts}, or set both weights to 0"
         )
     return size // group, group

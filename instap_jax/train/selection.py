@@ -4,6 +4,7 @@ It reads the parameters and nothing else: no random stream, no batch of the trai
 counter is touched, so a run with it takes the steps of a run without it, bit for bit.
 """
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from instap_jax.errors import UserError
+from instap_jax.errors import UnreadableSample, UserError
 from instap_jax.train import checkpoint
 from instap_jax.train.program import Program
 
@@ -62,15 +63,22 @@ class Selection:
     def measure(self, params: nnx.State, step: int, meta: dict) -> dict[str, float]:
         """Measures the parameters and keeps them as `checkpoints-best` if none were better.
 
-        Of equal ones the first stays. `meta`: of a checkpoint of this step.
+        Of equal ones the first stays. `meta`: of a checkpoint of this step. A sample that cannot
+        be read costs this measurement, not the run: days of training outweigh it, and what fails
+        to read is often the storage, for a moment.
 
         Returns:
-          The metrics under `PREFIX`, for the run's log.
+          The metrics under `PREFIX`, for the run's log; none where a sample was unreadable.
 
         Raises:
           UserError: the metric to choose by is none of them.
         """
-        found = self._validate(params, step)
+        try:
+            found = self._validate(params, step)
+        except UnreadableSample as error:  # on every host alike
+            if jax.process_index() == 0:
+                print(f"step {step}: not validated, training goes on: {error}", file=sys.stderr)
+            return {}
         if self._metric and self._metric not in found:
             raise UserError(
                 f"config.evaluation.metric={self._metric!r} is none of what the suites gave: "
