@@ -69,6 +69,11 @@ def test_the_most_similar_sentences_are_chosen(instance, right):
     assert chosen == [1 if right else 0] * 3
 
 
+def test_chance_is_the_mean_over_the_questions():
+    result = choice_task._result([(True, 1 / 2), (False, 1 / 4)])
+    assert (result.accuracy, result.chance, result.sentences) == (50, 37.5, 4)
+
+
 def test_alternatives_have_the_same_wordings():
     texts = []
     encoder = types.SimpleNamespace(

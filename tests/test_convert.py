@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import bert_reference
 import foreign
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,10 @@ from tiny import tiny_config
 from instap_jax import config_check, sharding
 from instap_jax.config_check import LoadedConfig
 from instap_jax.errors import UserError
-from instap_jax.interop import torch_model
+from instap_jax.interop import bert, torch_model
 from instap_jax.interop.importing import convert
 from instap_jax.interop.keys import leaves
+from instap_jax.interop.reading import Weights
 from instap_jax.interop.report import Fate
 from instap_jax.models import depth, resize, vision
 from instap_jax.models.text import text_mask
@@ -295,6 +297,27 @@ def test_bert_equals_hugging_face(tmp_path, capsys, kind):
         assert not any("mlm_head" in path for path in fresh)
         expected = theirs.cls.predictions(hidden[3]).detach()
         close(np.asarray(text.mlm_logits(y))[seen], expected[seen], WHOLE)
+
+
+@pytest.mark.parametrize(("depth", "fusion"), [(12, 3), (24, 5)])
+def test_berts_have_as_many_fusion_layers_as_umt_makes_of_them(tmp_path, depth, fusion):
+    config = bert_reference.make_config(vocab=60, width=64, heads=1, hidden=64, length=40)
+    config.num_hidden_layers = depth
+    with torch.device("meta"):
+        state = transformers.BertForMaskedLM(config).state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    plan = bert.plan(Weights(tmp_path / "bert.bin", shapes, read=None), None)
+    assert plan.config.text.fusion_layers == fusion
+    assert f"text.fusion_layers={fusion}" in plan.assumed
+
+
+def test_ids_of_the_tokenizer_are_those_of_the_vocabulary(tmp_path):
+    foreign.bert_model().save_pretrained(tmp_path / "hf")
+    words = ["[PAD]", "[MASK]", "[UNK]", "[SEP]", "[CLS]", *map(str, range(55))]
+    (tmp_path / "hf" / "vocab.txt").write_text("\n".join(words))
+    convert("bert", tmp_path / "hf", tmp_path / "out", given(align_config()))
+    tokenizer = config_check.read(tmp_path / "out").tokenizer
+    assert (tokenizer.kind, tokenizer.cls_id, tokenizer.mask_id) == ("wordpiece", 4, 1)
 
 
 def test_where_a_text_encoder_is_not_taken_from(clips, tmp_path):

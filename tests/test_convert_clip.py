@@ -110,11 +110,24 @@ def test_other_faults_of_a_description_are_refused(tmp_path):
     pixels = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}  # of LAION's ViT-L/14
     describe(tmp_path, said | {"preprocess_cfg": pixels})
     refused(tmp_path, "mean is [0.5, 0.5, 0.5]; the teacher computes with [0.48145466,")
+    pixels["mean"] = said["preprocess_cfg"]["mean"]
+    describe(tmp_path, said | {"preprocess_cfg": pixels})
+    refused(tmp_path, "std is [0.5, 0.5, 0.5]; the teacher computes with [0.26862954,")
     for content in ({}, {"model_cfg": {"embed_dim": 12}}, {"model_cfg": 3}):
         describe(tmp_path, content)
         refused(tmp_path, "open_clip_config.json: has no vision_cfg")
     (tmp_path / "open_clip_config.json").write_text("{")
     refused(tmp_path, "open_clip_config.json: not JSON")
+
+
+def test_what_hugging_face_says_of_another_model_is_refused(tmp_path):
+    said = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_attention_heads": 2}
+    describe(tmp_path, {"vision_config": said}, "config.json")
+    plan = clip.plan(shapes_only(tmp_path, foreign.WIDTH, "hugging face"), None)
+    assert plan.config.teacher.heads == 2
+    for field, value in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-6)):
+        describe(tmp_path, {"vision_config": said | {field: value}}, "config.json")
+        refused(tmp_path, f"{field} is {value!r}; the teacher", layout="hugging face")
 
 
 @pytest.mark.parametrize("name", ["open_clip_config.json", "config.json"])

@@ -1,6 +1,7 @@
 """What a conversion refuses, each in one line, with nothing written."""
 
 import argparse
+import json
 import os
 import sys
 import zipfile
@@ -188,6 +189,16 @@ def test_hugging_face_options_that_we_do_not_compute_are_refused(tmp_path):
     refused_in(tmp_path / "vision", "clip", "has no 'visual_projection.weight'")
     foreign.bert_model().save_pretrained(tmp_path / "bert")
     refused_in(tmp_path / "bert", "bert", "3 layers; how many of them are fusion layers")
+    config = tmp_path / "bert" / "config.json"
+    said = json.loads(config.read_text())
+    others = {
+        "hidden_act": "relu",
+        "layer_norm_eps": 1e-5,
+        "position_embedding_type": "relative_key",
+    }
+    for field, value in others.items():
+        config.write_text(json.dumps(said | {field: value}))
+        refused_in(tmp_path / "bert", "bert", f"{field} is {value!r}; the text encoder computes")
     refused_in(tmp_path / "bert", "umt", "no UMT pre-training checkpoint")
     refused_in(tmp_path / "hf", "bert", "no BERT")
 

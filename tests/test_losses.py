@@ -9,7 +9,9 @@ import pytest
 import reference_losses as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.lax import Precision
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from products import precisions
 
 from instap_jax import losses
 
@@ -334,6 +336,14 @@ def test_low_precision_inputs_are_computed_in_float32(dtype):
         np.asarray(video, np.float64), np.asarray(text, np.float64), 0.01
     )
     _close(output.loss, exact[0], rtol=1e-4)
+
+
+def test_cosines_are_products_in_full_precision():
+    def cosines(video, text, temperature):  # of hard negatives
+        return losses.cosine_logits(video, text, temperature, valid=VALID)
+
+    for function in (_contrastive, _instance(0.3), cosines):
+        assert precisions(function, *_pairs(0, len(VALID)), 0.1) == {Precision.HIGHEST}
 
 
 # --- eight devices ------------------------------------------------------------------------------

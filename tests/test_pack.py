@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from media_files import brightness
 from pack_data import FAULTY, LINES, annotations, image_line, make_media, tree, video_line
 
-from instap_jax.data import builder, media, records, shard, workers
+from instap_jax.data import builder, media, plan, records, shard, workers
 from instap_jax.data.shard import Options, sampling_grid
 from instap_jax.errors import UserError
 from instap_jax.types import Kind, Record
@@ -466,6 +466,29 @@ def test_file_faults_end_at_once(root, tmp_path):
             (root / "link.mp4").symlink_to("/etc/passwd")
             pack(tmp_path, root, [*LINES, line])
         assert os.listdir(tmp_path) == ["a.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("samples", "kind", "shards"),
+    [
+        (1, Kind.VIDEO, 1),
+        (100, Kind.VIDEO, 4),
+        (2000, Kind.IMAGE, 16),
+        (5000, Kind.VIDEO, 20),
+        (90_000, Kind.IMAGE, 22),
+    ],
+)
+def test_small_sets_have_a_shard_for_every_core(samples, kind, shards):
+    assert plan._shard_count(samples, kind, None) == shards
+
+
+def test_annotations_that_were_written_again_are_noticed(tmp_path):
+    file = annotations(tmp_path / "a.jsonl", LINES)
+    index = plan.Index(str(file))
+    index.check_unchanged()
+    os.utime(file, ns=(0, os.stat(file).st_mtime_ns + 1_000_000))
+    with pytest.raises(UserError, match=r"a\.jsonl was changed while it was being packed"):
+        index.check_unchanged()
 
 
 def test_paths_that_do_not_fit(packed, root, tmp_path):

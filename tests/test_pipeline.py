@@ -270,6 +270,13 @@ def test_too_many_instances_are_dropped_and_counted(config):
     assert totals["dropped"] and totals["kept"] + totals["dropped"] <= 8 * 9
 
 
+def test_what_is_dropped_is_drawn_for_every_group(config, memory):
+    config.data.instances_per_sample = 1
+    memory(make_record(**make_instances(("A.", "B.", "C."), np.ones((3, 4), bool))))
+    kept = {int(b["instance_text_hash"][0, 0]) for b in take(open_loader(config, 1, 1), 20)}
+    assert kept == {text_hash("A."), text_hash("B."), text_hash("C.")}
+
+
 @pytest.mark.parametrize(("encoding", "canvas"), [("jpeg", (20, 20)), ("mp4", (17, 64))])
 def test_large_pictures_are_scaled_down(config, corpus, encoding, canvas):
     config.data.videos, config.data.canvas = f"{corpus}/{encoding}:train", canvas

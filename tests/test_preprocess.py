@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.lax import Precision
 from PIL import Image
+from products import precisions
 
 from instap_jax import config as configuration
 from instap_jax.models import preprocess
@@ -90,6 +92,13 @@ def test_crops_match_jax_image():
     )
     out = crop(frame, box[None, None], np.ones((1, 2), np.float32), SIZE)
     np.testing.assert_allclose(out[0, 0], expected, atol=2e-3, rtol=0)
+
+
+def test_crops_are_products_in_full_precision():
+    def cut(frames):
+        return preprocess.crop_and_resize(frames, BOXES[None], np.ones((1, 2), np.float32), SIZE)
+
+    assert precisions(cut, random_frames(1, len(BOXES))) == {Precision.HIGHEST}
 
 
 unit = st.floats(-0.5, 1.5, width=32)

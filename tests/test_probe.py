@@ -45,6 +45,14 @@ def test_knn_equals_brute_force(monkeypatch):
     assert knn_accuracy(train_x, train_y, test_x, test_y, k=9) == got
 
 
+def test_knn_does_not_depend_on_the_length_of_features():
+    train_x, train_y = clusters(0, 80, spread=2.0)
+    test_x, test_y = clusters(1, 60, spread=2.0)
+    short, long = (np.geomspace(1e-3, 1e3, n)[:, None] for n in (80, 60))
+    scaled = knn_accuracy(short * train_x, train_y, long * test_x, test_y, k=9)
+    assert scaled == knn_accuracy(train_x, train_y, test_x, test_y, k=9)
+
+
 def test_knn_does_not_depend_on_the_order_of_tied_features():
     train_x = np.repeat(np.random.default_rng(0).normal(size=(3, 4)), 10, axis=0)
     train_y = np.tile([0, 1], 15)

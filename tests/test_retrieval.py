@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.lax import Precision
+from products import precisions
 from ranked import mesh_of, retrieval_metrics
 
 from instap_jax.errors import UserError
@@ -106,16 +108,24 @@ def test_ranks_and_candidates_are_those_of_the_scores(embedded):
             assert found.rank[t] == 1 + len(wrong)
 
 
-def test_no_device_holds_the_matrix_of_all_scores():
-    """Of the compiled ranking: what it needs beyond its inputs stays that of one block."""
-    queries, candidates = 4096, 4096
-    rows = ranking.block_rows(candidates)
-    blocks = queries // rows
+def shapes_of_blocks(blocks: int, rows: int, candidates: int):
     split = [(blocks, rows, 8), *[(blocks, rows)] * 2]
     shapes = [jax.ShapeDtypeStruct(split[0], np.float32)]
     shapes += [jax.ShapeDtypeStruct(shape, np.int32) for shape in split[1:]]
     shapes += [jax.ShapeDtypeStruct((blocks, rows), np.bool_)]
-    shapes += [jax.ShapeDtypeStruct(s, np.float32) for s in ((candidates, 8),)]
+    return [*shapes, jax.ShapeDtypeStruct((candidates, 8), np.float32)]
+
+
+def test_scores_are_products_in_full_precision():
+    found = precisions(ranking._rank_blocks(mesh_of(1), 4), *shapes_of_blocks(2, 8, 5))
+    assert found == {Precision.HIGHEST}
+
+
+def test_no_device_holds_the_matrix_of_all_scores():
+    """Of the compiled ranking: what it needs beyond its inputs stays that of one block."""
+    queries, candidates = 4096, 4096
+    rows = ranking.block_rows(candidates)
+    shapes = shapes_of_blocks(queries // rows, rows, candidates)
     compiled = ranking._rank_blocks(mesh_of(1), 4).lower(*shapes).compile()
     temporary = compiled.memory_analysis().temp_size_in_bytes
     block = 9 * rows * candidates + (1 << 20)  # and what does not grow with the product

@@ -121,6 +121,7 @@ class Encoder(nnx.Module):
         )
         self.norm = nnx.Param(jnp.ones(2), logical_axes=("embed",))
         self.position_table = nnx.Param(jnp.ones((5, 2)), logical_axes=(None, "embed"))
+        self.token_types = nnx.Param(jnp.ones((2, 2)), logical_axes=(None, "embed"))
 
 
 class Model(nnx.Module):
@@ -138,6 +139,7 @@ def test_decay_spares_biases_norms_tables_and_temperatures():
             "blocks": {"kernel": True, "bias": False},
             "norm": False,
             "position_table": False,
+            "token_types": False,
         },
         "head": True,
         "temperature": False,
@@ -151,6 +153,17 @@ def test_layer_decay_falls_towards_the_input():
     np.testing.assert_allclose(blocks["bias"].ravel(), [0.0625, 0.125, 0.25, 0.5])
     assert scales["encoder"]["patch_embedding"] == scales["encoder"]["position_table"] == 0.5**5
     assert scales["encoder"]["norm"] == scales["head"] == scales["temperature"] == 1.0
+
+
+def test_layer_decay_shrinks_weight_decay_too():
+    config = tiny_config("stage1")
+    config.optimizer.update(warmup_steps=0, layer_decay=0.5, weight_decay=0.1, learning_rate=0.01)
+    params = nnx.state(Model())
+    tx = optimizer.make_optimizer(config)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    kernel = updates["encoder"]["blocks"]["kernel"][...][:, 0, 0]
+    np.testing.assert_allclose(kernel, -0.001 * np.array([0.0625, 0.125, 0.25, 0.5]), rtol=1e-5)
+    np.testing.assert_allclose(updates["head"][...], -0.001, rtol=1e-5)
 
 
 def test_adamw_equals_torch():

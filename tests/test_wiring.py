@@ -1,4 +1,4 @@
-"""What the objectives hand to their parts: stand-ins keep what they are given, nothing is trained."""
+"""What the objectives hand to their parts, which are stand-ins that keep what they are given."""
 
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -62,7 +62,7 @@ def instap_of(config) -> Mock:
     model.encoder.positions = PositionGrid()
     model.encode_instances.side_effect = encode_instances
     model.predict_teacher.side_effect = lambda taps, **_: taps
-    model.text.encode.side_effect = lambda ids, key: SimpleNamespace(tokens=1.0 * ids[..., None])
+    model.text.encode.side_effect = lambda ids, **_: SimpleNamespace(tokens=1.0 * ids[..., None])
     model.embed_visual = model.embed_text = lambda pooled: pooled
     model.tau.return_value, model.instance_tau.return_value = jnp.float32(0.25), jnp.float32(0.5)
     model.bias.return_value = model.instance_bias.return_value = None
@@ -129,7 +129,7 @@ def test_every_network_has_its_own_normalisation(seen):
 def test_every_draw_has_a_key_of_its_own(seen):
     model, last = seen.model, [*seen.match.call_args_list, *seen.words.call_args_list]
     networks = (model.encoder, model.text.encode, model.encode_instances)
-    keys = [network.call_args.kwargs["key"] for network in networks]
+    keys = [network.call_args.kwargs.get("key") for network in networks]
     keys += [call.args[-1] for call in last]
     assert len(keys) == 7 and all(key is not None for key in keys)
     assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 7
@@ -264,7 +264,7 @@ def test_masks_are_drawn_unless_the_best_are_asked_for():
 
 
 class Crops:
-    """See an instance branch whose model keeps what it is given."""
+    """The instance branch, its model a stand-in."""
 
     def __init__(self, **changes):
         self.config = align_config(**{"data.batch_size": 4} | changes)
