@@ -17,15 +17,18 @@ def written_aside(out: Path, flag: str) -> Iterator[Path]:
       flag: that names `out`, for messages.
 
     Raises:
-      UserError: `out` exists and is not an empty directory, or storage fails.
+      UserError: `out` exists and is not an empty directory, cannot be replaced, or storage fails.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    target = Path(os.path.realpath(out))  # a link stays one
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{flag}={out}: exists and is not an empty directory; name another")
-    aside = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.partial")
+    if target == Path.cwd() or os.path.ismount(target):  # found now, not when all is done
+        raise UserError(f"{flag}={out}: cannot be replaced; name a directory in it")
+    aside = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         aside.mkdir(parents=True)
         yield aside
-        os.replace(aside, out)
+        os.replace(aside, target)
     except OSError as error:
         raise UserError(f"{flag}={out}: cannot be written: {error.strerror or error}") from error
     finally:

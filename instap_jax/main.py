@@ -5,6 +5,7 @@ and without JAX.
 """
 
 import difflib
+import errno
 import importlib
 import keyword
 import os
@@ -23,6 +24,9 @@ from instap_jax.errors import (
     UserError,
     exit_code,
 )
+
+# What a path of the user's can meet anywhere; of others no one knows whose fault they are.
+_OF_THE_PATH = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 
 # Verb -> one line of help. The module is `instap_jax.commands.<verb>` ('import_', as Python keeps
 # that word for itself). It has `define_flags(values: flags.FlagValues)` and
@@ -70,6 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read what we print has enough: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in _OF_THE_PATH or not isinstance(error.filename, str):
+            raise
+        print(f"instap {argv[0]}: {error.filename}: {error.strerror}", file=sys.stderr)
+        return EXIT_USER_ERROR
     except KeyboardInterrupt as error:
         how = "preempted" if isinstance(error, Preempted) else "interrupted"
         print(f"instap {argv[0]}: {how}", file=sys.stderr)
@@ -114,6 +123,9 @@ def parse_flags(values: flags.FlagValues) -> None:
         raise UserError("a flag's name is too long to be one; `--help` lists them") from error
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; flags look like --name=value")
+    for name, value in values.flag_values_dict().items():
+        if value != value:  # passes absl's bounds
+            raise UserError(f"--{name}={value}: expected a number")
 
 
 def _usage() -> str:

@@ -62,9 +62,14 @@ def main(argv: list[str] | None = None) -> int:
         for index in range(args.processes):
             print(shown(environment(index, args, "127.0.0.1:PORT"), command(verb)))
         return 0
+    logs = launch_dir(workdir)
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"{logs} cannot be made: {error.strerror}")
     with Signals() as signals:
         return supervise(
-            lambda: Pod(args, verb, launch_dir(workdir), signals).run(),
+            lambda: Pod(args, verb, logs, signals).run(),
             progress=lambda: newest_step(workdir),
             policy=policy_of(args),
             stopped=signals.asked,
@@ -110,7 +115,6 @@ class Pod:
 
     def run(self) -> int:
         """Runs until all processes have ended; returns their common exit code."""
-        self._logs.mkdir(parents=True, exist_ok=True)
         coordinator = f"127.0.0.1:{_free_port()}"
         processes = [self._start(index, coordinator) for index in range(self._args.processes)]
         self._signals.running = processes

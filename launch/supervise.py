@@ -238,6 +238,14 @@ def split_command(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    try:
+        return _main(argv)
+    except OSError as error:  # no such command, no place for the record of starts
+        say(f"{error.filename}: {error.strerror}")
+        return USER_ERROR
+
+
+def _main(argv: list[str] | None) -> int:
     flags, command = split_command(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(

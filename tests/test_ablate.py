@@ -122,12 +122,14 @@ class Desk:
 
     def __init__(self, packed: Path, out: Path):
         self.out, self._packed, self.log = out, packed, out.parent / "calls"
+        self.data = f"{packed}/packed:train"
         self._read = 0
 
     def flags(self, table: str, *more: str) -> list[str]:
         suites = f"--videos={self._packed}/packed:video_1k"
         config = f"--config={CONFIG}:stage2"
-        return ["ablate", config, f"--table={table}", f"--out={self.out}", suites, *more]
+        data = f"--config.data.videos={self.data}"
+        return ["ablate", config, f"--table={table}", f"--out={self.out}", suites, data, *more]
 
     def __call__(self, table: str, *more: str) -> int:
         return main.main(self.flags(table, "--config.steps=80", *more))
@@ -340,6 +342,9 @@ def test_an_interrupted_run_is_finished_by_the_same_command(desk, capsys, monkey
         ("--seeds=0,x", "--seeds=0,x"),
         ("--task=retrieve", "--task=retrieve: tasks are retrieval"),
         ("--jobs=100000", "--jobs=100000: there are"),
+        ("--metrics=recall", "--metrics=recall: task retrieval measures t2v/R@1"),
+        ("--metrics=", "--metrics is empty"),
+        ("--config.data.videos=", "both empty: no data"),
         ("--config.align.vtc=0.0", "row umt_g: config: align: every term has weight 0"),
     ],
 )
@@ -347,7 +352,7 @@ def test_what_cannot_be_run_is_refused_in_one_line_and_nothing_is_run(desk, caps
     workdir = desk.out / "umt_g" / "seed0"
     (workdir / "checkpoints" / "80").mkdir(parents=True)
     config = load_config("tiny", "stage2,umt_g")
-    config.steps = 80
+    config.steps, config.data.videos = 80, desk.data
     plain = {"config": json.loads(json.dumps(config.to_dict()))}
     (workdir / "config.json").write_text(json.dumps(plain))
     assert desk("table4", "--seeds=0", change) == 2

@@ -202,6 +202,17 @@ def test_candidates_that_cannot_be_compared(made, students, aligned, tmp_path, c
     assert not (tmp_path / "x").exists()
 
 
+def test_a_workdir_of_something_else_is_refused_before_any_measuring(
+    made, students, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "notes.txt").touch()
+    monkeypatch.setattr(selection, "rank_candidates", lambda *_, **__: pytest.fail("measured"))
+    command = ["select", "--config=configs/tiny.py:classify", f"--workdir={tmp_path}"]
+    suites = [f"--videos={made}/packed:val_video", f"--test_videos={made}/packed:video_1k"]
+    assert main.main([*command, f"--runs={students[0]}", *suites]) == 2
+    assert "not empty and not a run" in capsys.readouterr().err
+
+
 def test_a_label_that_is_no_class_stops_training(made, tmp_path):
     config = config_of(made, "classify", **{"classify.classes": CLASSES[:2]})
     with pytest.raises(UserError, match=r"has label '\w+'; .* 2 classes, 'plain' to 'gradient'"):

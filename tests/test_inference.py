@@ -143,6 +143,13 @@ def read(out):
     return arrays, lines, faults
 
 
+def test_a_link_that_leads_out_is_found_before_anything_is_embedded(run, tmp_path, monkeypatch):
+    root = pack_data.make_media(tmp_path / "media")
+    (root / "zz.jpg").symlink_to("/etc/passwd")
+    monkeypatch.setattr(instap_jax.inference, "load", lambda *_, **__: pytest.fail("loaded"))
+    assert features(f"--workdir={run}", f"--media={root}", f"--out={tmp_path}/out") == 2
+
+
 def test_features_of_an_annotation_file(run, model, tmp_path, capsys):
     root = pack_data.make_media(tmp_path / "media")
     late = {"id": "late", "caption": "Late.", "boxes": [[10, 4, 4, 30, 30], [11, 4, 4, 30, 30]]}

@@ -96,6 +96,19 @@ def test_supervisor_restarts_a_command_and_returns_its_code(tmp_path):
     assert run_supervisor(tmp_path, "--preempted-is-final", script="exit(75)").returncode == 75
 
 
+def test_what_cannot_be_started_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for flags in (
+        [f"--workdir={tmp_path}/run", "--", "/nonexistent"],
+        [f"--workdir={tmp_path}/file/run", "--run-id=a", "--", "true"],
+    ):
+        assert supervise.main(flags) == supervise.USER_ERROR
+    assert capsys.readouterr().err.count("\n") >= 2
+    with pytest.raises(SystemExit, match="2"):
+        local_pod.main(["--", "train", f"--workdir={tmp_path}/file/run"])
+    assert "file/run.launch cannot be made: Not a directory" in capsys.readouterr().err
+
+
 def test_once_counts_starts_across_supervisors(tmp_path):
     flags = ("--once", "--run-id=a", "--worker=0-1", "--limit=2")
     codes = [run_supervisor(tmp_path, *flags, script="exit(1)").returncode for _ in range(3)]

@@ -1,4 +1,5 @@
 import ast
+import errno
 import importlib.metadata
 import os
 import re
@@ -12,6 +13,8 @@ from packaging.requirements import Requirement
 
 import instap_jax
 from instap_jax import main
+from instap_jax.aside import written_aside
+from instap_jax.errors import UserError
 
 PACKAGE = Path(instap_jax.__file__).parent
 
@@ -138,6 +141,55 @@ def test_only_the_train_command_imports_the_loop():
         if "instap_jax.train.loop" in imports_of(path)
     ]
     assert users == ["commands/train.py"]
+
+
+LONG = "a" * 300
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["synth", f"--out={LONG}"], "File name too long"),
+        (["validate", "--annotations=a.jsonl", f"--media={LONG}"], "File name too long"),
+        (["report", f"--workdirs={LONG}", "--out=r.html"], "File name too long"),
+        (["train", f"--config={LONG}", "--workdir=w"], "File name too long"),
+        (["synth", "--out=s", "--val_size=1000000000000"], "at most 1,000,000 samples"),
+        (["pack", "--annotations=a", "--media=m", "--out=o", "--max_reject_rate=nan"],
+         "--max_reject_rate=nan: expected a number"),
+    ],
+)  # fmt: skip
+def test_paths_and_values_that_cannot_be_are_one_line(
+    words, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    assert main.main(words) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.splitlines()[-1].startswith(f"instap {words[0]}: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_an_output_that_cannot_be_replaced_is_known_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "real")
+    with written_aside(link, "--out") as root:
+        (root / "found").touch()
+    assert link.is_symlink() and (tmp_path / "real" / "found").exists()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match=r"--out=\.: cannot be replaced"):
+        written_aside(Path("."), "--out").__enter__()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "link", "real"]
+
+
+def test_other_errors_of_the_system_are_not_taken_for_the_user(monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
+
+    monkeypatch.setattr(main, "_run", full)
+    with pytest.raises(OSError, match="No space left"):
+        main.main(["train"])
 
 
 def test_a_reader_that_has_enough_is_no_fault():

@@ -184,6 +184,7 @@ def test_command_trains_on_all_captions_of_a_split(annotations, tmp_path, capsys
     assert (tokenizer.encode("quokka", 8)[1:7] > 260).all()
     assert main.main(args) == 2  # never overwrites
     assert main.main([*args[:2], f"--out={tmp_path}/u.model", "--vocab_size=20"]) == 2
+    assert main.main([*args[:2], f"--out={tmp_path}/u.model", "--vocab_size=99999999999"]) == 2
     assert "must be at least" in capsys.readouterr().err
     args[2] = f"--out={tmp_path}/u.model"
     assert main.main([*args, "--split=missing"]) == 2

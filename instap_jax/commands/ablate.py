@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 from absl import flags
 
 from instap_jax import config_check
@@ -48,14 +49,15 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues) -> None:
+    evaluation = _evaluation(values)
     study = Study(
         loaded=config_check.load(values),
         table=values["table"].value,
         seeds=_seeds(values["seeds"].value),
-        evaluation=_evaluation(values),
+        evaluation=evaluation,
         out=Path(config_check.absolute(values["out"].value)),
         equal=values["equal"].value,
-        metrics=tuple(values["metrics"].value),
+        metrics=_metrics(values["metrics"].value, evaluation.task),
         jobs=values["jobs"].value,
     )
     with StopRequest() as stop:
@@ -68,6 +70,21 @@ def _seeds(texts: list[str]) -> tuple[int, ...]:
     if not texts or not all(text.isdecimal() for text in texts):
         raise UserError(f"--seeds={','.join(texts)}: must be numbers separated by commas")
     return tuple(dict.fromkeys(map(int, texts)))
+
+
+def _metrics(names: list[str], task: str) -> tuple[str, ...]:
+    """The columns; those of retrieval are known now, others when the first run is measured."""
+    from instap_jax.evaluation.results import flatten
+    from instap_jax.evaluation.retrieval import Positives, metrics_of_ranks
+
+    if not names:
+        raise UserError("--metrics is empty: give at least one, as mean_recall")
+    one = np.ones(1, int)
+    known = flatten(metrics_of_ranks(one, one, Positives.of([[0]], 1)))
+    for name in names if task == "retrieval" else ():
+        if name not in known:
+            raise UserError(f"--metrics={name}: task retrieval measures {', '.join(known)}")
+    return tuple(names)
 
 
 def _evaluation(values: flags.FlagValues) -> Evaluation:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from absl import flags
 
+from instap_jax.data.media import confined
 from instap_jax.data.schema import read_annotations
 from instap_jax.errors import UserError
 
@@ -43,6 +44,8 @@ def run(values: flags.FlagValues) -> None:
         samples = [s for s in read_annotations(values.annotations) if split in (None, s.split)]
         if not samples:
             raise UserError(f"{values.annotations}: no sample of --split={split}")
+    for sample in samples:  # now, not when all before it has been embedded
+        confined(root, sample.media)
     model = inference.load(values.workdir, batch_size=values.batch_size)
     reading = Reading(
         frames=values.frames or model.config.data.frames,

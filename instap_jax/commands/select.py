@@ -36,6 +36,8 @@ def run(values: flags.FlagValues) -> None:
     if loaded.config.checkpoint.init_from:
         raise UserError("config.checkpoint.init_from is what `select` finds out; leave it unset")
     workdir = config_check.local_workdir(values["workdir"].value)
+    if not (workdir / "config.json").exists():  # of a run that goes on, `train` compares it
+        config_check.check_workdir(loaded.config, workdir)
     validation, test = _suites(values)
     runs = [Path(config_check.absolute(run)) for run in values["runs"].value]
     import jax

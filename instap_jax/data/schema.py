@@ -87,7 +87,8 @@ def parse_line(raw: bytes, where: str, number: int) -> Sample:
     except UnicodeError as error:
         raise UserError(f"{where}: not UTF-8 text: {error.reason}") from error
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+        what = error.msg.removesuffix(" at")
+        raise UserError(f"{where}: not JSON: {what} at column {error.colno}") from error
     except (RecursionError, ValueError) as error:  # nested too deep; an integer of 5,000 digits
         raise UserError(f"{where}: not JSON that can be read: {error}") from error
     if not isinstance(value, dict):
@@ -305,8 +306,8 @@ def _media(line: _Object) -> str:
 
 def _split(line: _Object) -> str:
     split = line.text("split", "train").replace("-", "_")
-    if not re.fullmatch("[a-z0-9_]+", split):
-        line.fail("split", f"{split!r}: use lower-case letters, digits, '-' and '_' only")
+    if not re.fullmatch("[a-z0-9_]{1,64}", split):
+        line.fail("split", f"{split!r}: use up to 64 lower-case letters, digits, '-' and '_' only")
     return split
 
 

@@ -227,7 +227,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
             control_symbols=[mask],
             minloglevel=2,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, OverflowError) as error:
         least = re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error))
         why = f"it must be at least {least[1]}" if least else str(error)
         raise UserError(

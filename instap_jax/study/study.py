@@ -88,6 +88,8 @@ def _plan(study: Study, table: Table, steps: dict[str, int]) -> list[Run]:
         for row in table.rows
     ]
     for run in runs:
+        if not run.config.data.videos and not run.config.data.images:
+            raise UserError("config.data.videos and config.data.images are both empty: no data")
         config_check.check_workdir(run.config, run.workdir)
     return runs
 

@@ -19,6 +19,7 @@ from instap_jax.types import Kind
 _CHUNK = 8  # samples handed to a process at once
 _MIN_SIDE, _MAX_SIDE, _MAX_ASPECT = 48, 4096, 2.5
 _MIN_FRAMES, _MAX_FRAMES = 8, 1024
+_MAX_SAMPLES = 1_000_000  # of a suite; they are listed before the first is drawn
 
 
 def suites(
@@ -27,11 +28,13 @@ def suites(
     """The suites of the set, with the paper's roles.
 
     Raises:
-      UserError: a negative size, or nothing to draw at all.
+      UserError: a negative or absurd size, or nothing to draw at all.
     """
     for name, count in locals().copy().items():
         if count < 0:
             raise UserError(f"--{name}={count}: a number of samples is 0 or more")
+        if count > _MAX_SAMPLES:
+            raise UserError(f"--{name}={count}: at most {_MAX_SAMPLES:,} samples")
     if not any((train_videos, train_images, suite_size, val_size)):
         raise UserError("nothing to render: all of the suites' sizes are 0")
     video, image = Kind.VIDEO, Kind.IMAGE
