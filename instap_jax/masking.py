@@ -107,7 +107,8 @@ def corrupt_tokens(
     """Masks caption tokens for masked language modelling (UMT `MLMLoss.mask`).
 
     Every token that is not special is chosen with probability `ratio`. Of the chosen 80 % become
-    `mask_id`, 10 % a token drawn uniformly from the whole vocabulary, 10 % stay as they are.
+    `mask_id`, 10 % a token drawn uniformly from the vocabulary but for [PAD] (0), which would no
+    longer be attended to, 10 % stay as they are.
 
     Args:
       special_ids: tokens that are never chosen. UMT protects [PAD] and [CLS] only and does
@@ -120,7 +121,7 @@ def corrupt_tokens(
     chosen = jax.random.bernoulli(choose, ratio, ids.shape) & ~_is_any(ids, special_ids)
     masked = chosen & jax.random.bernoulli(replace, 0.8, ids.shape)
     random = chosen & ~masked & jax.random.bernoulli(randomise, 0.5, ids.shape)
-    words = jax.random.randint(draw, ids.shape, 0, vocab_size, ids.dtype)
+    words = jax.random.randint(draw, ids.shape, 1, vocab_size, ids.dtype)
     corrupted = jnp.where(masked, mask_id, jnp.where(random, words, ids))
     return corrupted.astype(ids.dtype), jnp.where(chosen, ids, IGNORED_TARGET).astype(ids.dtype)
 

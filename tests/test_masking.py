@@ -152,7 +152,7 @@ def test_corruption_is_half_of_the_tokens_and_80_10_10_of_those():
     assert abs((among == 50).mean() - 0.101) < 0.011
     others = among[(among != MASK) & (among != 50)]
     assert abs(others.size / among.size - 0.098) < 0.011
-    assert len(np.unique(others)) == VOCAB - 2  # drawn from the whole vocabulary
+    assert len(np.unique(others)) == VOCAB - 3 and PAD not in others  # all the vocabulary but [PAD]
 
 
 def test_no_ratio_no_corruption():
