@@ -31,7 +31,7 @@ from instap_jax.evaluation import aligned
 from instap_jax.evaluation.encoder import load_model
 from instap_jax.models.instap import InstAP
 from instap_jax.train import checkpoint, inputs
-from instap_jax.train.objectives import OBJECTIVES
+from instap_jax.train.objectives import OBJECTIVES, term_weights
 
 _CANVAS_STEP = 64  # pixels that heights and widths are rounded up to
 DTYPES = ("float32", "bfloat16")
@@ -144,7 +144,8 @@ class Model:
           B arrays float32 [n, p], l2-normalised.
 
         Raises:
-          ValueError: shapes that do not belong together, or boxes in pixels.
+          ValueError: shapes that do not belong together, boxes in pixels, or an instance that is
+            present nowhere.
         """
         items = self._items(frames, boxes, present)
         return self._per_instance(self._embed_instances, items, self._nothing)
@@ -168,7 +169,11 @@ class Model:
 
         Returns:
           float32 [B].
+
+        Raises:
+          ValueError: the run did not train (3), or other numbers of clips and texts.
         """
+        self._require("vtm")
         items = self._items(frames)
         for item, ids in zip(items, self._ids(texts), strict=True):
             item.text = ids
@@ -188,13 +193,23 @@ class Model:
 
         Returns:
           B arrays float32 [n].
+
+        Raises:
+          ValueError: the run did not train (9), or as `encode_instances`.
         """
+        self._require("inst_vtm")
         items = self._items(frames, boxes, present)
         for item, sentences in zip(items, texts, strict=True):
             if len(sentences) != len(item.boxes):
                 raise ValueError(f"{len(item.boxes)} instances and {len(sentences)} texts")
             item.instance_text = self._ids(sentences)
         return self._per_instance(self._match_instances, items, np.zeros(0, np.float32))
+
+    def _require(self, term: str) -> None:
+        if term not in term_weights(self.config):
+            raise ValueError(
+                f"this run did not train the match head: its config.align.{term} counts nothing"
+            )
 
     def _video(self, model: InstAP, batch) -> jax.Array:
         return aligned.embed_scenes(model, aligned.see_scenes(self.config, model, batch))
@@ -235,6 +250,8 @@ class Model:
                 )
             if not ((b > -1) & (b < 2)).all():
                 raise ValueError("boxes must be fractions of the picture, not pixels, and finite")
+            if not here.any(axis=1).all():
+                raise ValueError("an instance must be present in at least one frame")
             sentences = np.tile(self._no_text, (len(b), 1))
             item = _Item(
                 frames=clip, text=self._no_text, boxes=b, present=here, instance_text=sentences

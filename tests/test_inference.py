@@ -24,6 +24,7 @@ TEXTS = ["A red ball.", "", "rolls to the left of a blue box", "ball"]
 def pair():
     config = tiny_config("stage2")
     config.data.frames = 2
+    config.align.vtm = config.align.inst_vtm = 1.0
     return make_pair(config)
 
 
@@ -100,6 +101,7 @@ def test_an_array_is_as_good_as_a_list(model, clips):
 
 def test_wrong_inputs_are_named(model, clips):
     frames, boxes, present = clips
+    nowhere = [np.zeros_like(here) for here in present]
     cases = [
         ("uint8", lambda: model.encode_video([frames[0] / 255])),
         ("uint8", lambda: model.encode_video(frames[0])),  # one clip instead of many
@@ -109,12 +111,24 @@ def test_wrong_inputs_are_named(model, clips):
         ("must be", lambda: model.encode_instances(frames, boxes, present[::-1])),
         ("shorter", lambda: model.encode_instances(frames, boxes[:3])),
         ("not one", lambda: model.encode_text("A red ball.")),
+        ("at least one frame", lambda: model.encode_instances(frames, boxes, nowhere)),
         ("shorter", lambda: model.match(frames, TEXTS[:2])),
         ("2 instances and 4 texts", lambda: model.match_instances(frames, boxes, [TEXTS] * 4)),
     ]
     for words, call in cases:
         with pytest.raises(ValueError, match=words):
             call()
+
+
+def test_a_head_that_was_not_trained_is_not_used(pair, clips, tmp_path):
+    config = pair.config.copy_and_resolve_references()
+    config.align.vtm = config.align.inst_vtm = 0.0
+    model = instap_jax.load(write_run(tmp_path / "run", config, pair.params))
+    frames, boxes, present = clips
+    with pytest.raises(ValueError, match=r"config\.align\.vtm counts nothing"):
+        model.match(frames, TEXTS)
+    with pytest.raises(ValueError, match=r"config\.align\.inst_vtm counts nothing"):
+        model.match_instances(frames, boxes, [["a"] * len(b) for b in boxes], present)
 
 
 def test_load_refuses(run, tmp_path):

@@ -256,6 +256,9 @@ def test_wrong_inputs_are_named(pair):
         model.encode_instances(frames, box[:, :, :1])
     with pytest.raises(ValueError, match="1 clips and 2 texts"):
         model.match(frames, np.zeros((2, 8), np.int64))
+    model.config["trained"] = {"terms": ["vtc"]}
+    with pytest.raises(ValueError, match="the run had no term 'vtm'"):
+        model.match(frames, np.zeros((1, 8), np.int64))
 
 
 def test_module_needs_neither_jax_nor_us():

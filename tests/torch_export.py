@@ -100,6 +100,7 @@ def embed(pair: Pair, batch: Batch) -> dict[str, np.ndarray]:
 def embed_with_torch(pair: Pair, batch: Batch) -> dict[str, np.ndarray]:
     """The same, from the pictures without their canvas."""
     model = pair.theirs
+    model.config["trained"]["terms"] = ["vtm", "inst_vtm"]  # as if: random heads agree, too
     canvas = batch["frames"].shape[3:5]
     sizes = np.rint(batch["extent"][0] * canvas).astype(int)
     frames = [f[:, :h, :w] for f, (h, w) in zip(batch["frames"][0], sizes)]

@@ -488,25 +488,22 @@ class InstAP(nn.Module):
         return functional.normalize(self.text_proj(tokens[:, 0]).float(), dim=-1, eps=1e-12)
 
     def match(self, frames, texts):
-        """Probability that clip i and text i belong together, through the fusion layers.
+        """Probability, float32 [B], that clip i and text i belong together, by the fusion layers.
 
         Args:
           frames: as in `encode_video`. texts: as in `encode_text`.
-
-        Returns:
-          float32 [B].
         """
         ids, visual = self.text_ids(texts), self.visual_tokens(frames)
         if len(ids) != len(visual):
             raise ValueError(f"{len(visual)} clips and {len(ids)} texts; match wants pairs")
         runs = itertools.groupby(zip(ids, visual), key=lambda pair: len(pair[1]))
-        return torch.cat([self._match(*map(torch.stack, zip(*run))) for _, run in runs])
+        return torch.cat([self._match("vtm", *map(torch.stack, zip(*run))) for _, run in runs])
 
     def match_instances(self, frames, boxes, texts, present=None):
         """As `match`, for instances: `texts` are B lists of n str. Returns B tensors [n]."""
         seen = self._see_instances(frames, boxes, present)
         return [
-            self._match(self.text_ids(sentences), crop[:, None])
+            self._match("inst_vtm", self.text_ids(sentences), crop[:, None])
             for (_, crop), sentences in zip(seen, texts, strict=True)
         ]
 
@@ -588,7 +585,9 @@ class InstAP(nn.Module):
         embedding = self.vision_proj(self.vision_encoder.pool_norm(pooled))
         return functional.normalize(embedding.float(), dim=-1, eps=1e-12)
 
-    def _match(self, ids, visual):
+    def _match(self, term, ids, visual):
+        if term not in self.config["trained"]["terms"]:
+            raise ValueError(f"the match head was not trained: the run had no term {term!r}")
         tokens = self.text_encoder.bert.encode(ids)
         fused = self.text_encoder.bert.fuse(tokens, ids != PAD_ID, visual)
         return self.itm_head(fused[:, 0]).float().softmax(-1)[:, 1]
