@@ -315,8 +315,8 @@ def test_without_vtm_reranking_is_left_out_and_said_so(aligned, small_set, capsy
     assert evaluate(other, small_set) == 0
     out = capsys.readouterr().out
     assert "re-ranked by VTM" not in out
-    assert "not re-ranked: this run did not train VTM (3)" in out
-    assert "not re-ranked: this run did not train VTM (9)" in out
+    assert "not re-ranked: this run did not train VTM, equation (3)" in out
+    assert "not re-ranked: this run did not train VTM, equation (9)" in out
     assert evaluate(other, small_set, "--top_k=5") == 2
     assert "cannot be re-ranked" in capsys.readouterr().err
 

@@ -122,6 +122,22 @@ def test_different_protocols_are_not_put_side_by_side(tmp_path):
     assert "v · u · 4 frames" in page.text and "v · u · 8 frames" in page.text
 
 
+def test_boxes_of_wide_tables_are_reached_by_key(tmp_path):
+    page = read(write_report([make_run(tmp_path / "a")], tmp_path / "r.html"))
+    found = [key for name, key, value in page.attributes if name == "div"]
+    boxes = page.tags.count("table")
+    assert found.count("tabindex") == found.count("role") == boxes > 5
+    labels = [v for name, key, v in page.attributes if (name, key) == ("div", "aria-label")]
+    assert len(set(labels)) == boxes and all(labels)
+
+
+def test_the_note_on_running_means_says_the_least_window(tmp_path):
+    text = read(write_report([make_run(tmp_path / "a")], tmp_path / "r.html")).text
+    assert "over about 1/25 of the log, at least 5 lines (none in logs of fewer than 12)" in text
+    assert report_plots.running_mean(np.arange(12.0)) is not None
+    assert report_plots.running_mean(np.arange(11.0)) is None
+
+
 def test_missing_parts_are_said(tmp_path):
     no_log = make_run(tmp_path / "no-log")
     (no_log / "metrics.jsonl").unlink()

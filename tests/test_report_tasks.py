@@ -1,15 +1,17 @@
 """The report page: errors, attention, fine-tuned runs, ways of scoring, galleries."""
 
 import base64
+import io
 import re
 
 import numpy as np
 import pytest
 from made_up_runs import EVIL, SHORT, made_up_probes, made_up_retrieval, make_run, read
+from PIL import Image
 
 from instap_jax.data.media import encode_jpeg
 from instap_jax.errors import UserError
-from instap_jax.evaluation import gallery, report_retrieval
+from instap_jax.evaluation import gallery, report_plots, report_retrieval
 from instap_jax.evaluation.errors import CLASSES, PAPER_SHARES
 from instap_jax.evaluation.report import write_report
 from instap_jax.evaluation.results import (
@@ -80,12 +82,31 @@ def test_errors_stand_beside_the_paper(tmp_path):
     for share in PAPER_SHARES.values():
         assert f"{share:.1f} %" in page.text
     assert page.text.count("80 of 90") == 4 and "too small" in page.text
+    assert "tick: random" in page.text
+    for name in "ab":
+        assert page.text.count(f"{name}: random T→V 12.5 % 12.5 % 12.5 % 12.5 %") == 1
     assert text.count("<pattern") >= 1  # the paper's bars are hatched
     assert set(re.findall(r"url\((#[^)]*)\)", text)) <= {
         f"#{name}" for name in re.findall(r'id="([^"]*)"', text)
     }
     assert pictures_of(page) == [jpeg(40)] * 2
     assert "Cases of video_1k (1)" in page.text and "Weak visual evidence" in page.text
+
+
+def test_ticks_are_on_the_axis_and_values_in_their_own_column(monkeypatch):
+    figures, real = [], report_plots._svg
+    monkeypatch.setattr(report_plots, "_svg", lambda f, label: figures.append(f) or real(f, label))
+    bars = [
+        report_plots.Bar(row=0, slot=0, value=5.0, tick=84.8),
+        report_plots.Bar(row=1, slot=None, value=40.0),
+    ]
+    report_plots.bar_plot(bars, ["a", "b"], unit="%", label="x")
+    (axes,) = figures[0].axes
+    assert axes.get_xlim()[1] > 84.8
+    end = axes.get_window_extent().x1
+    values = [text for text in axes.texts if text.get_text() in ("5.0", "40.0")]
+    assert len(values) == 2
+    assert all(text.get_window_extent().x0 > end for text in values)
 
 
 def test_attention_of_runs_stands_side_by_side(tmp_path):
@@ -100,8 +121,11 @@ def test_attention_of_runs_stands_side_by_side(tmp_path):
             numbers={"Grad-CAM": 13.5 - shade, "area": 4.25},
         )  # fmt: skip
     page = read(write_report(runs, tmp_path / "r.html"))
-    # One copy of the frames, then one map of each run.
-    assert pictures_of(page) == [jpeg(99), jpeg(0), jpeg(10)]
+    # The key of the colours, one copy of the frames, then one map of each run.
+    assert pictures_of(page)[1:] == [jpeg(99), jpeg(0), jpeg(10)]
+    key = np.asarray(Image.open(io.BytesIO(pictures_of(page)[0])), int)[96]
+    assert np.ptp(key[0]) < 12 and key[-1, 0] > key[-1, 2] + 60  # grey, then yellow
+    assert "Colour of a map: grey where it is 0" in page.text
     assert "Maps of video_1k: one instance" in page.text
     for expected in (
         "“A star.”", "13.5 % of the map in the box", "12.5 % of the map in the box",
@@ -149,6 +173,10 @@ def test_ways_of_scoring_share_a_table(tmp_path):
     assert text.count("<h3>video_1k: things</h3>") == 1
     assert text.count("<td>re-ranked</td>") == 1 and text.count("<td>dual</td>") == 2
     assert "not re-ranked: no VTM" in text
+    head = re.search(r"<table class=\"scored\">.*?</thead>", text, re.S)[0]
+    assert re.findall(r">([^<>]+)</th>", head)[:4] == ["run", "scored by", "mean", "T→V R@1"]
+    mean = metrics[0]["mean_recall"]
+    assert re.search(rf"<td>dual</td><td>(<b>)?{mean:.1f}<", text)
 
 
 def test_hollow_are_random_weights_not_all_of_step_0(tmp_path, monkeypatch):

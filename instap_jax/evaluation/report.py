@@ -4,7 +4,6 @@ What the runs are, their results with protocols, training curves, samples with b
 configuration changed. The page has no scripts and needs no other file.
 """
 
-import base64
 import contextlib
 import dataclasses
 import datetime
@@ -20,8 +19,9 @@ import instap_jax
 from instap_jax.data import preview, schema
 from instap_jax.data.media import MediaError
 from instap_jax.errors import UserError
-from instap_jax.evaluation.report_html import Html, join, note, page, swatch, table, tag
-from instap_jax.evaluation.report_plots import Curve, curve_plot
+from instap_jax.evaluation.report_gallery import jpeg_source
+from instap_jax.evaluation.report_html import DOCTYPE, Html, join, note, page, swatch, table, tag
+from instap_jax.evaluation.report_plots import SMOOTHING, Curve, curve_plot
 from instap_jax.evaluation.report_results import results_sections
 from instap_jax.evaluation.report_runs import Run, facts, load_runs, scalar_names, series
 from instap_jax.types import Sample
@@ -72,22 +72,40 @@ def write_report(
 
     Raises:
       UserError: no such run, a broken file of a run, a fault of the annotation file, or `out`
-        cannot be written.
+        is something else than a page or cannot be written.
     """
     out = Path(out)
-    if out.is_dir():
-        raise UserError(f"--out {out} is a directory; name the HTML file")
+    _check_target(out)
     text = render_report(load_runs(workdirs), _sheets(annotations, media))
     aside = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text(text, encoding="utf-8", errors="replace")  # JSON can hold half characters
         os.replace(aside, out)
     except OSError as error:
         with contextlib.suppress(OSError):
             aside.unlink()
         raise UserError(f"{out} cannot be written: {error.strerror}") from error
     return out
+
+
+def _check_target(out: Path) -> None:
+    """Only a page may be replaced: a run's log has a name that is as easily given."""
+    try:
+        if out.is_dir():
+            raise UserError(f"--out {out} is a directory; name the HTML file")
+        if not out.exists():
+            return
+        is_page = out.is_file() and _begins_as_page(out)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be read: {error.strerror}") from error
+    if not is_page:
+        raise UserError(f"--out {out} exists and is not an HTML page; name another file")
+
+
+def _begins_as_page(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(DOCTYPE)).lower() == DOCTYPE.encode()
 
 
 def render_report(runs: Sequence[Run], samples: Html) -> Html:
@@ -126,7 +144,8 @@ def _overview(runs: Sequence[Run]) -> Html:
     rows = [[label, *(column.get(label, "—") for column in columns)] for label in labels]
     header = ["", *(join(swatch(run.slot), run.name) for run in runs)]
     gaps = [note(tag("b", run.name), ": ", text) for run in runs for text in run.missing]
-    return join(tag("h2", "Runs"), table(header, rows, class_="facts"), *gaps)
+    facts_table = table(header, rows, class_="facts", label="Facts about the runs")
+    return join(tag("h2", "Runs"), facts_table, *gaps)
 
 
 def _curves(runs: Sequence[Run]) -> Html:
@@ -136,10 +155,7 @@ def _curves(runs: Sequence[Run]) -> Html:
         return join(tag("h2", "Training"), note("None of these runs has a metrics.jsonl."))
     parts = [
         tag("h2", "Training"),
-        note(
-            "Thin: as logged. Heavy: centred running mean over 1/25 of the log. Axes marked (log) "
-            "are logarithmic."
-        ),
+        note(f"Thin: as logged. Heavy: {SMOOTHING}. Axes marked (log) are logarithmic."),
     ]
     for stage in dict.fromkeys(run.stage for run in logged):
         mine = [run for run in logged if run.stage == stage]
@@ -169,13 +185,11 @@ def _panels(runs: Sequence[Run], panels: dict[str, _Panel], stage: str) -> Html:
 
 
 def _curve(run: Run, name: str, scale: float) -> Curve | None:
-    steps, values = series(run, name)
     if name == "data_wait_share":
-        steps, waited = series(run, "data_wait_seconds")
-        total = series(run, "step_seconds")[1]
-        if len(total) != len(waited):
-            return None
+        steps, waited, total = series(run, "data_wait_seconds", "step_seconds")
         values = 100 * waited / np.maximum(total, 1e-12)
+    else:
+        steps, values = series(run, name)
     return Curve(slot=run.slot, steps=steps, values=scale * values) if len(steps) else None
 
 
@@ -206,7 +220,7 @@ def _sheets(annotations: Path | str | None, media: Path | str | None) -> Html:
             continue
         buffer = io.BytesIO()
         picture.save(buffer, "JPEG", quality=90, subsampling=0)
-        source = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+        source = jpeg_source(buffer.getvalue())
         alt = f"Sample {sample.id}: {' / '.join(sample.captions)}"
         picture_tag = tag("img", src=source, alt=alt, loading="lazy")
         figures.append(tag("figure", picture_tag, class_="sheet"))
@@ -242,7 +256,7 @@ def _configurations(runs: Sequence[Run]) -> Html:
         source = " ".join([run.file or "no file", *run.overrides])
         parts.append(tag("p", swatch(run.slot), f"{run.name}: {source}", class_="protocol"))
     header = ["key", "default", *(join(swatch(run.slot), run.name) for run in known)]
-    parts.append(table(header, _changes(known), class_="diff"))
+    parts.append(table(header, _changes(known), class_="diff", label="Changed settings"))
     for run in known:
         resolved = json.dumps(run.config, indent=1, ensure_ascii=False)
         summary = tag("summary", "Complete configuration of ", swatch(run.slot), run.name)

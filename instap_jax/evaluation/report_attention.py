@@ -1,13 +1,20 @@
 """Attention maps in a report: pointing scores beside their floors, overlays run by run."""
 
+import functools
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from instap_jax.evaluation.gallery import Case
-from instap_jax.evaluation.report_gallery import marked, of_suites, picture
+from instap_jax.evaluation.report_gallery import jpeg_source, marked, of_suites, picture
 from instap_jax.evaluation.report_groups import NO_MARGIN, Entry, cell, groups, heading, remarks
 from instap_jax.evaluation.report_html import Html, join, note, table, tag
+from instap_jax.evaluation.report_numbers import DASH, best, number
 from instap_jax.evaluation.report_plots import Dot, dot_plot
 from instap_jax.evaluation.report_runs import Run
+from instap_jax.evaluation.strips import strip
+
+_KEY_HEIGHT = 16  # pixels of the picture that the colour key is drawn over
 
 # Metric, its margin, title.
 _COLUMNS = (
@@ -68,9 +75,10 @@ def _table(group: Sequence[Entry]) -> Html:
     for entry, metrics in zip(group, found):
         cells = []
         for name, margin, _ in _COLUMNS:
-            known = [one[name] for one in found if name in one]
-            best = len(known) > 1 and name != "sibling_mass" and metrics.get(name) == max(known)
-            cells.append(_cell(metrics, name, margin, best))
+            rivals = [one[name] for one in found if name in one]
+            compared = len(rivals) > 1 and name in metrics and name != "sibling_mass"
+            top = compared and metrics[name] == best(rivals)
+            cells.append(_cell(metrics, name, margin, top))
         raw = metrics.get("unsmoothed", {})
         cells += [_cell(raw, name, "", False) for name in ("mass", "hit")]
         rows.append([entry.head, *cells])
@@ -79,13 +87,15 @@ def _table(group: Sequence[Entry]) -> Html:
     chance += [cell(floor["area"]), cell(floor["hit_chance"])]
     rows.append([tag("span", "map that knows nothing", class_="lead"), *chance])
     titles = [title for _, _, title in _COLUMNS]
-    return table(["run", *titles, "mass, unfiltered", "hit, unfiltered"], rows)
+    protocol = group[0].measurement.protocol
+    label = f"Pointing scores, {protocol.suite}, {protocol.scoring}"
+    return table(["run", *titles, "mass, unfiltered", "hit, unfiltered"], rows, label=label)
 
 
-def _cell(metrics: Mapping, name: str, margin: str, best: bool) -> Html:
+def _cell(metrics: Mapping, name: str, margin: str, top: bool) -> Html:
     if name not in metrics:
-        return join("—", NO_MARGIN)
-    return cell(metrics[name], metrics.get(margin), best=best)
+        return join(DASH, NO_MARGIN)
+    return cell(metrics[name], metrics.get(margin), best=top)
 
 
 def _overlays(suite: str, cases: Sequence[tuple[Run, Case]]) -> Html:
@@ -108,9 +118,25 @@ def _overlays(suite: str, cases: Sequence[tuple[Run, Case]]) -> Html:
         cards.append(tag("figure", sentence, tag("div", *strips, class_="overlays")))
     count = "one instance" if len(together) == 1 else f"{len(together)} instances"
     summary = tag("summary", f"Maps of {suite}: {count}, drawn at random")
-    return tag("details", summary, tag("div", *cards, class_="sheets"), open="open")
+    return tag("details", summary, _colour_key(), tag("div", *cards, class_="sheets"), open="open")
+
+
+@functools.cache
+def _colour_key() -> Html:
+    """What the colours of a map mean, drawn by what draws the maps."""
+    ramp = np.linspace(0, 1, 64, dtype=np.float32)[None, None]
+    ground = np.full((_KEY_HEIGHT, 12 * _KEY_HEIGHT, 3), 128, np.uint8)
+    picture = strip([ground], np.zeros((1, 4)), np.zeros(1, bool), heat=ramp)
+    bar = tag(
+        "img", src=jpeg_source(picture), alt="grey, violet, red, orange, yellow", class_="key"
+    )
+    return tag(
+        "p", "Colour of a map: grey where it is 0 ", bar, " yellow where it is highest. Every map "
+        "is scaled to its own highest value: colours tell where it lies, not how strong it is. "
+        "Green box: the instance.", class_="note",
+    )  # fmt: skip
 
 
 def _said(case: Case, name: str, what: str) -> str:
     """A number of the case in words; '' where it has none."""
-    return f"{case.numbers[name]:.1f} % {what}" if name in case.numbers else ""
+    return f"{number(case.numbers[name])} % {what}" if name in case.numbers else ""

@@ -1,14 +1,17 @@
 """Wrong instance retrievals in a report: shares beside the paper's, a table, cases."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from instap_jax.evaluation.errors import CLASSES, DIRECTIONS, PAPER_SHARES
 from instap_jax.evaluation.gallery import Case
 from instap_jax.evaluation.report_gallery import marked, of_suites, picture
 from instap_jax.evaluation.report_groups import Entry, groups, heading, remarks
-from instap_jax.evaluation.report_html import Html, join, note, table, tag
+from instap_jax.evaluation.report_html import Html, join, note, swatch, table, tag
+from instap_jax.evaluation.report_numbers import number
 from instap_jax.evaluation.report_plots import Bar, bar_plot
 from instap_jax.evaluation.report_runs import Run
+
+_NO_SHARE = tag("span", "", class_="pm range")  # keeps the numbers of a column below each other
 
 
 def errors_section(runs: Sequence[Run]) -> Html:
@@ -19,8 +22,8 @@ def errors_section(runs: Sequence[Run]) -> Html:
             "Every wrong top-1 retrieval of an instance falls into the first class whose rule "
             "holds; the rules are in the protocol line. Grey, hatched: shares of the paper's 1,500 "
             "errors, another model on other data by rules that it does not state: beside ours for "
-            "orientation, not as a target. Short tick: the share that the rules would give if "
-            "every wrong query had retrieved another instance at random."
+            "orientation, not as a target. Short tick, and the rows 'random': the share that the "
+            "rules would give if every wrong query had retrieved another instance at random."
         ),
     ]
     for group in groups(runs, "errors"):
@@ -50,7 +53,7 @@ def _plot(group: Sequence[Entry], direction: str) -> Html:
         unit="share of the wrong retrievals, %",
         label=f"Shares of wrong retrievals by class, {protocol.suite}, {name}",
     )
-    detail = tag("span", f"· {protocol.suite} · {name} · grey: the paper")
+    detail = tag("span", f"· {protocol.suite} · {name} · grey: the paper · tick: random")
     return tag("figure", tag("figcaption", "Shares ", detail), plot)
 
 
@@ -58,24 +61,34 @@ def _table(group: Sequence[Entry]) -> Html:
     header = ["run", "", "wrong", *(kind.replace("_", "-") for kind in CLASSES)]
     rows = []
     for entry in group:
+        random = join(
+            swatch(entry.run.slot), tag("span", f"{entry.run.name}: random", class_="lead")
+        )
         for direction, name in DIRECTIONS.items():
             metrics = entry.measurement.metrics[direction]
-            share = 100 * metrics["wrong"] / metrics["queries"]
-            wrong = join(
-                f"{metrics['wrong']:,} of {metrics['queries']:,}",
-                tag("span", f"{share:.1f} %", class_="pm range"),
-            )
-            cells = [
-                join(
-                    f"{metrics[kind]['share']:.1f} %",
-                    tag("span", f"{metrics[kind]['count']:,}", class_="pm"),
-                )
-                for kind in CLASSES
-            ]
-            rows.append([entry.head, name, wrong, *cells])
-    paper = [f"{PAPER_SHARES[kind]:.1f} %" for kind in CLASSES]
-    rows.append([tag("span", "paper, its own rules", class_="lead"), "", "1,500", *paper])
-    return table(header, rows)
+            rows.append([entry.head, name, *_found_cells(metrics)])
+            chance = [_share_cell(metrics[kind]["chance"]) for kind in CLASSES]
+            rows.append([random, name, "", *chance])
+    paper = [_share_cell(PAPER_SHARES[kind]) for kind in CLASSES]
+    wrong = join("1,500", _NO_SHARE)
+    rows.append([tag("span", "paper, its own rules", class_="lead"), "", wrong, *paper])
+    suite = group[0].measurement.protocol.suite
+    return table(header, rows, label=f"Wrong retrievals by class, {suite}")
+
+
+def _found_cells(metrics: Mapping) -> list[Html]:
+    """How many retrievals are wrong, and the share and count of every class."""
+    share = number(100 * metrics["wrong"] / metrics["queries"])
+    wrong = join(
+        f"{number(metrics['wrong'], ',')} of {number(metrics['queries'], ',')}",
+        tag("span", f"{share} %", class_="pm range"),
+    )
+    classes = (metrics[kind] for kind in CLASSES)
+    return [wrong, *(_share_cell(one["share"], number(one["count"], ",")) for one in classes)]
+
+
+def _share_cell(share: float, count: str = "") -> Html:
+    return join(f"{number(share)} %", tag("span", count, class_="pm"))
 
 
 def _cases(suite: str, cases: Sequence[tuple[Run, Case]]) -> Html:

@@ -10,11 +10,17 @@ from instap_jax.evaluation.report_runs import Run
 from instap_jax.evaluation.results import DIRECTORY
 
 
+def jpeg_source(data: bytes) -> str:
+    """A JPEG file as the `src` of a picture."""
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
+
+
 def picture(run: Run, task: str, case: Case, label: str, caption: str) -> Html:
     """One strip of a case with its caption; `label` names it in the case."""
     path = Path(run.workdir) / DIRECTORY / task / case.pictures[label]
-    source = "data:image/jpeg;base64," + base64.b64encode(path.read_bytes()).decode()
-    image = tag("img", src=source, alt=f"{label}: {caption}", loading="lazy")
+    image = tag(
+        "img", src=jpeg_source(path.read_bytes()), alt=f"{label}: {caption}", loading="lazy"
+    )
     return tag("div", image, tag("p", tag("b", label), f" {caption}"), class_="strip")
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from instap_jax.evaluation.report_html import Html, join, note, swatch, tag
+from instap_jax.evaluation.report_numbers import known, number
 from instap_jax.evaluation.report_runs import Run
 from instap_jax.evaluation.results import Measurement, shared_line, weights_line
 
@@ -76,6 +77,7 @@ def remarks(group: Sequence[Entry]) -> Html:
 
 def cell(value: float, margin: float | None = None, *, best: bool = False, digits: int = 1) -> Html:
     """A number, perhaps with half of its interval, bold where it is the best of its column."""
-    shown = f"{value:.{digits}f}"
-    spread = NO_MARGIN if margin is None else tag("span", f"±{margin:.{digits}f}", class_="pm")
+    shown = number(value, f".{digits}f")
+    has_margin = known(value) and known(margin)
+    spread = tag("span", f"±{margin:.{digits}f}", class_="pm") if has_margin else NO_MARGIN
     return join(tag("b", shown) if best else shown, spread)

@@ -9,6 +9,7 @@ import html
 SERIES = 6  # distinct run colours; further runs repeat them (plots: with dashed lines)
 
 
+DOCTYPE = "<!doctype html>"
 _VOID = {"img", "meta"}
 
 
@@ -33,14 +34,20 @@ def join(*children: str) -> Html:
     return Html("".join(c if isinstance(c, Html) else html.escape(str(c)) for c in children))
 
 
-def table(header: list[str], rows: list[list[str]], class_: str = "") -> Html:
-    """A table whose first column heads its rows; wide ones scroll sideways in their own box."""
+def table(header: list[str], rows: list[list[str]], *, label: str, class_: str = "") -> Html:
+    """A table whose first column heads its rows; wide ones scroll sideways in their own box.
+
+    Args:
+      label: what it shows, for readers who reach its box by key or by ear.
+    """
     head = tag("thead", tag("tr", *(tag("th", cell, scope="col") for cell in header)))
     body = [
         tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:]))
         for row in rows
     ]
-    return tag("div", tag("table", head, tag("tbody", *body), class_=class_), class_="wide")
+    inside = tag("table", head, tag("tbody", *body), class_=class_)
+    box = {"class_": "wide", "tabindex": "0", "role": "region", "aria-label": label}
+    return tag("div", inside, **box)
 
 
 def note(*children: str) -> Html:
@@ -61,7 +68,7 @@ def page(title: str, *body: str) -> Html:
         tag("style", Html(STYLE)),
     )
     return join(
-        Html("<!doctype html>\n"),
+        Html(f"{DOCTYPE}\n"),
         tag("html", tag("head", head), tag("body", tag("main", *body)), lang="en"),
         Html("\n"),
     )
@@ -81,7 +88,7 @@ STYLE = (
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);
   font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif}
-main{max-width:1120px;margin:0 auto;padding:40px 28px 72px}
+main{max-width:1400px;margin:0 auto;padding:40px 28px 72px}
 h1{font-size:27px;line-height:1.2;margin:0 0 4px;letter-spacing:-.015em}
 h2{font-size:19px;margin:46px 0 10px;padding-top:14px;border-top:2px solid var(--ink);
   letter-spacing:-.005em}
@@ -129,6 +136,7 @@ figure.sheet img{display:block;max-width:100%;max-height:440px;margin:0 auto 6px
 .strip img{display:block;max-width:100%;border-radius:4px}
 .strip p{font-size:12.5px;margin:3px 0 0;color:var(--muted)}
 .strip p b{color:var(--ink);font-weight:600}
+.key{width:150px;height:11px;vertical-align:-1px;border-radius:3px}
 .remark{display:block}
 .named{margin-right:12px}
 table.scored th,table.scored td{padding-right:10px}
@@ -142,6 +150,9 @@ footer{margin-top:52px;padding-top:12px;border-top:1px solid var(--line);color:v
   font-size:12.5px}
 @media print{main{max-width:none;padding:0}h2,h3{break-after:avoid}tr{break-inside:avoid}
   .panels{grid-template-columns:1fr 1fr}.wide{overflow:visible}body{font-size:12px}
+  table{font-size:8.5px;width:100%}thead th,table.diff td,table.diff th{font-size:8px}
+  .pm{font-size:7.5px}td .pm{min-width:2.3em;margin-left:.2em}td .pm.range{min-width:0}
+  th,td,table.scored th,table.scored td{white-space:normal;padding:3px 5px 3px 0}
   pre{max-height:none;white-space:pre-wrap}}
 """
 )

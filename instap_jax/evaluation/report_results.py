@@ -6,10 +6,14 @@ from instap_jax.evaluation.report_attention import attention_section
 from instap_jax.evaluation.report_errors import errors_section
 from instap_jax.evaluation.report_groups import groups, heading, remarks
 from instap_jax.evaluation.report_html import Html, join, note, swatch, table, tag
+from instap_jax.evaluation.report_numbers import DASH, number
 from instap_jax.evaluation.report_retrieval import choice_section, probe_section, retrieval_section
 from instap_jax.evaluation.report_runs import Run
 from instap_jax.evaluation.report_tuned import classification_section, grounding_section
 from instap_jax.evaluation.results import flatten
+
+# What a section raises on metrics that another version of the library named or nested otherwise.
+_OTHER_METRICS = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)
 
 
 def results_sections(runs: Sequence[Run]) -> Html:
@@ -31,7 +35,7 @@ def _section(task: str, runs: Sequence[Run]) -> Html:
         return _any_section(task, runs)
     try:
         return _SECTIONS[task](runs)
-    except (KeyError, TypeError):  # numbers that another version of the library named otherwise
+    except _OTHER_METRICS:
         return _any_section(task, runs)
 
 
@@ -47,7 +51,7 @@ def _provenance(runs: Sequence[Run]) -> Html:
     return tag(
         "details",
         tag("summary", "When and with which configuration and versions this was measured"),
-        table(header, rows, class_="facts"),
+        table(header, rows, class_="facts", label="When and with what was measured"),
     )
 
 
@@ -59,14 +63,18 @@ def _any_section(task: str, runs: Sequence[Run]) -> Html:
         names = dict.fromkeys(name for one in flat for name in one)
         rows = [[name, *(_number(one.get(name)) for one in flat)] for name in names]
         header = ["metric", *(entry.head for entry in group)]
-        parts += [heading(group), table(header, rows), remarks(group)]
+        parts += [
+            heading(group),
+            table(header, rows, label=f"{task}: every number"),
+            remarks(group),
+        ]
     return join(*parts)
 
 
 def _number(value) -> str:
-    return (
-        f"{value:.4g}" if isinstance(value, int | float) else "—" if value is None else str(value)
-    )
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return number(value, ".4g")
+    return DASH if value is None else str(value)
 
 
 # In the order of the page; other tasks follow.

@@ -1,10 +1,13 @@
 """Retrieval and probes in a report."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from instap_jax.evaluation.probe import wilson
-from instap_jax.evaluation.report_groups import NO_MARGIN, Entry, groups, heading, remarks
+from instap_jax.evaluation.report_groups import Entry, cell, groups, heading, remarks
 from instap_jax.evaluation.report_html import Html, join, note, table, tag
+from instap_jax.evaluation.report_numbers import DASH, best, known, number
 from instap_jax.evaluation.report_plots import Dot, dot_plot
 from instap_jax.evaluation.report_runs import Run
 from instap_jax.evaluation.results import Protocol
@@ -71,7 +74,7 @@ def _mean_chance(metrics: Mapping) -> float:
 
 
 def _retrieval_table(group: Sequence[Entry]) -> Html:
-    header = ["run", "scored by"]
+    header = ["run", "scored by", "mean"]
     for _, label in _DIRECTIONS:
         header += [f"{label} R@{k}" for k in RECALL_AT] + [f"{label} MdR"]
     columns = [_retrieval_values(entry.measurement.metrics) for entry in group]
@@ -79,33 +82,58 @@ def _retrieval_table(group: Sequence[Entry]) -> Html:
     for entry, values in zip(group, columns):
         rivals = [one for other, one in zip(group, columns) if other.scoring == entry.scoring]
         cells = []
-        for i, (value, spread, better) in enumerate(values):
-            best = len(rivals) > 1 and value == better(other[i][0] for other in rivals)
-            shown = f"{value:.1f}" if spread is not None or i == len(values) - 1 else f"{value:g}"
-            text = tag("b", shown) if best else shown
-            margin = tag("span", f"±{spread:.1f}", class_="pm") if spread is not None else ""
-            cells.append(join(text, margin))
+        for i, column in enumerate(values):
+            top = best((other[i].value for other in rivals), column.better)
+            cells.append(column.cell(best=len(rivals) > 1 and column.value == top))
         rows.append([entry.head, entry.scoring, *cells])
-    metrics = group[0].measurement.metrics
-    rows.append(["chance", ""])
+    protocol, metrics = group[0].measurement.protocol, group[0].measurement.metrics
+    rows.append(["chance", "", *_chance_cells(metrics)])
+    label = f"Recalls, {protocol.suite}, {protocol.unit}"
+    return table(header, rows, class_="scored", label=label)
+
+
+def _chance_cells(metrics: Mapping) -> list[Html]:
+    cells = [join(number(_mean_chance(metrics)))]
     for direction, _ in _DIRECTIONS:
-        recalls = [f"{metrics[direction]['chance'][f'R@{k}']:.1f}" for k in RECALL_AT]
-        rows[-1] += [*(join(recall, NO_MARGIN) for recall in recalls), ""]
-    rows[-1].append(f"{_mean_chance(metrics):.1f}")
-    return table([*header, "mean"], rows, class_="scored")
+        chance = metrics[direction]["chance"]
+        cells += [cell(chance[f"R@{k}"]) for k in RECALL_AT] + [join()]
+    return cells
 
 
-def _retrieval_values(metrics: Mapping) -> list[tuple]:
-    """(value, half interval or None, which is better) of every column after the run's name."""
-    values: list[tuple] = []
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Column:
+    """One number of a run: perhaps with half of its interval, and which end of it is better."""
+
+    value: float
+    form: str = ".1f"
+    better: Callable = max
+    margin: float | None = None
+
+    def cell(self, *, best: bool) -> Html:
+        if self.margin is not None:
+            return cell(self.value, self.margin, best=best)
+        shown = number(self.value, self.form)
+        return tag("b", shown) if best else join(shown)
+
+
+def _retrieval_values(metrics: Mapping) -> list[_Column]:
+    """The columns after the run's name and the scoring."""
+    values = [_Column(metrics["mean_recall"])]
     for direction, _ in _DIRECTIONS:
         one = metrics[direction]
         for k in RECALL_AT:
             recall = one[f"R@{k}"]
-            low, high = wilson(recall / 100 * one["queries"], one["queries"])
-            values.append((recall, (high - low) / 2, max))
-        values.append((one["median_rank"], None, min))
-    return [*values, (metrics["mean_recall"], None, max)]
+            values.append(_Column(recall, margin=_half_interval(recall, one["queries"])))
+        values.append(_Column(one["median_rank"], form="g", better=min))
+    return values
+
+
+def _half_interval(recall: float, queries: int) -> float:
+    """Of the recall's Wilson interval; NaN where it is not known."""
+    if not (known(recall) and known(queries) and 0 <= recall <= 100):
+        return math.nan
+    low, high = wilson(recall / 100 * queries, queries)
+    return (high - low) / 2
 
 
 def probe_section(runs: Sequence[Run]) -> Html:
@@ -151,7 +179,8 @@ def _attributes(group: Iterable[Entry]) -> list[str]:
 
 def _chance_of(group: Sequence[Entry], attribute: str) -> float:
     found = (entry.measurement.metrics.get(attribute) for entry in group)
-    return next(one["chance"] for one in found if one)
+    chances = [one["chance"] for one in found if one]
+    return chances[0]
 
 
 def _accuracy_plot(group: Sequence[Entry]) -> Html:
@@ -184,8 +213,8 @@ def _accuracy_plot(group: Sequence[Entry]) -> Html:
 
 def _accuracy_table(group: Sequence[Entry], floor: str) -> Html:
     attributes = _attributes(group)
-    best = {
-        name: max(
+    top = {
+        name: best(
             entry.measurement.metrics[name]["accuracy"]
             for entry in group
             if name in entry.measurement.metrics
@@ -197,16 +226,19 @@ def _accuracy_table(group: Sequence[Entry], floor: str) -> Html:
         cells = []
         for name in attributes:
             one = entry.measurement.metrics.get(name)
-            cells.append(_accuracy_cell(one, best[name] if len(group) > 1 else None))
+            cells.append(_accuracy_cell(one, top[name] if len(group) > 1 else None))
         rows.append([entry.head, *cells])
     margin = tag("span", "", class_="pm range")
-    chance = [join(f"{_chance_of(group, name):.1f}", margin) for name in attributes]
-    return table(["run", *attributes], [*rows, [floor, *chance]])
+    chance = [join(number(_chance_of(group, name)), margin) for name in attributes]
+    protocol = group[0].measurement.protocol
+    label = f"Accuracies, {protocol.suite}, {protocol.scoring}"
+    return table(["run", *attributes], [*rows, [floor, *chance]], label=label)
 
 
-def _accuracy_cell(one: Mapping | None, best: float | None) -> str:
+def _accuracy_cell(one: Mapping | None, top: float | None) -> str:
     if not one:
-        return "—"
-    shown = f"{one['accuracy']:.1f}"
-    interval = tag("span", f"{one['low']:.1f}–{one['high']:.1f}", class_="pm range")
-    return join(tag("b", shown) if one["accuracy"] == best else shown, interval)
+        return DASH
+    shown = number(one["accuracy"])
+    text = f"{number(one['low'])}–{number(one['high'])}"
+    interval = tag("span", text, class_="pm range")
+    return join(tag("b", shown) if one["accuracy"] == top else shown, interval)

@@ -9,11 +9,24 @@ from typing import Any
 import numpy as np
 
 from instap_jax.errors import UserError
-from instap_jax.evaluation.gallery import Case, read_cases
+from instap_jax.evaluation.gallery import CASES, Case, read_cases
+from instap_jax.evaluation.report_numbers import DASH, known, number
+from instap_jax.evaluation.report_shapes import check_fields
 from instap_jax.evaluation.results import DIRECTORY, Result, config_hash, read_results
 from instap_jax.train.metrics import read_metrics
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
+_CONFIG_FIELDS = {
+    "changed": "an object of pairs",
+    "file": "text or null",
+    "overrides": "a list of texts",
+}
+_CASE_FIELDS = {
+    **dict.fromkeys(("suite", "group", "key"), "text"),
+    **dict.fromkeys(("texts", "pictures"), "an object of texts"),
+    "numbers": "an object of numbers",
+}
+_LARGEST_STEP = 2**53  # beyond it steps are not told apart on an axis
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,21 +67,27 @@ def load_runs(workdirs: Sequence[Path | str]) -> list[Run]:
     Raises:
       UserError: no run named, one named twice, a directory that holds no run, a broken file.
     """
-    paths = [Path(workdir) for workdir in workdirs]
-    if not paths:
+    if not workdirs:
         raise UserError("no run to report on: name at least one with --workdirs=DIR")
-    resolved = [path.resolve() for path in paths]
+    if not all(str(workdir).strip() for workdir in workdirs):
+        raise UserError("--workdirs has an empty name before or after a comma: name a directory")
+    paths = [Path(workdir) for workdir in workdirs]
+    resolved = [_resolve(path) for path in paths]
     for path, place in zip(paths, resolved):
         if resolved.count(place) > 1:
             raise UserError(f"{path} is named twice in --workdirs")
     return [_load(path, name, i) for i, (path, name) in enumerate(zip(paths, _names(resolved)))]
 
 
-def series(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps int64 [n] and values float64 [n] of a logged scalar (only the lines that have it)."""
-    pairs = [(line["step"], line[name]) for line in run.lines if _is_number(line.get(name))]
-    steps, values = zip(*pairs) if pairs else ((), ())
-    return np.array(steps, np.int64), np.array(values, np.float64)
+def series(run: Run, *names: str) -> tuple[np.ndarray, ...]:
+    """Steps int64 [n] and, for each name, values float64 [n]: of the lines that know them all."""
+    found = [
+        (line["step"], *(line[name] for name in names))
+        for line in run.lines
+        if all(known(line.get(name)) for name in names)
+    ]
+    steps, *values = zip(*found) if found else [()] * (1 + len(names))
+    return np.array(steps, np.int64), *(np.array(one, np.float64) for one in values)
 
 
 def scalar_names(runs: Sequence[Run]) -> list[str]:
@@ -80,39 +99,50 @@ def scalar_names(runs: Sequence[Run]) -> list[str]:
 def facts(run: Run) -> dict[str, str]:
     """What the run is and how it ran, as label -> text, for the table at the top of the report."""
     changed = f"{len(run.changed)} changed from the defaults" if run.config else ""
-    data = run.config.get("data") or {}
+    data = run.config.get("data", {})
     return {
         "stage": run.stage,
-        "configuration": run.file or "—",
-        "settings": changed or "—",
-        "config hash": config_hash(run.config) if run.config else "—",
+        "configuration": run.file or DASH,
+        "settings": changed or DASH,
+        "config hash": config_hash(run.config) if run.config else DASH,
         "steps": _steps(run),
-        "samples per step": str(data.get("batch_size", "—")),
+        "samples per step": str(data.get("batch_size", DASH)),
         **_speed(run),
         "loss, first → last": _loss(run),
         "unreadable samples": _faults(run),
     }
 
 
+def _resolve(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links that lead to themselves
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
 def _load(path: Path, name: str, slot: int) -> Run:
-    if not path.is_dir():
+    try:
+        is_directory = path.is_dir()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    if not is_directory:
         raise UserError(f"{path}: no such directory")
     results = read_results(path)
-    known = [(path / CONFIG).is_file(), (path / METRICS).is_file(), bool(results)]
-    if not any(known):
+    has_config, has_log = (path / CONFIG).is_file(), (path / METRICS).is_file()
+    if not (has_config or has_log or results):
         raise UserError(
             f"{path} holds no run: none of {CONFIG}, {METRICS}, {DIRECTORY}/*.json is there; "
             "name the --workdir of an `instap train`"
         )
-    config = _read_config(path / CONFIG) if known[0] else {}
-    lines, dropped = _read_lines(path) if known[1] else ([], 0)
+    config = _read_config(path / CONFIG) if has_config else {}
+    lines, dropped = _read_lines(path) if has_log else ([], 0)
     missing = []
-    if not known[0]:
+    if not has_config:
         missing.append(f"{CONFIG} is missing: its configuration is unknown.")
     if not lines:
         missing.append(f"{METRICS} is missing or empty: there are no training curves.")
     if dropped:
-        missing.append(f"{METRICS}: {dropped} unreadable lines at its end were left out.")
+        missing.append(f"{METRICS}: {dropped} unreadable lines were left out.")
     if not results:
         missing.append(f"{DIRECTORY}/ holds no results: instap evaluate has not been run.")
     return Run(
@@ -125,7 +155,7 @@ def _load(path: Path, name: str, slot: int) -> Run:
         overrides=config.get("overrides", []),
         lines=lines,
         results=results,
-        cases={task: read_cases(path, task) for task in results},
+        cases={task: _read_cases(path, task) for task in results},
         missing=missing,
     )
 
@@ -133,19 +163,37 @@ def _load(path: Path, name: str, slot: int) -> Run:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("config"), dict):
         raise UserError(f"{path} is not the config.json of a run: it has no object 'config'")
+    try:
+        check_fields(config, _CONFIG_FIELDS)
+        check_fields(config["config"], {"stage": "text", "data": "an object"}, within="'config'")
+    except ValueError as error:
+        raise UserError(f"{path} is not the config.json of a run: {error}") from error
     return config
+
+
+def _read_cases(path: Path, task: str) -> list[Case]:
+    cases = read_cases(path, task)
+    try:
+        for case in cases:
+            check_fields(dataclasses.asdict(case), _CASE_FIELDS, within="a case")
+            if not case.pictures:
+                raise ValueError("a case has no picture")
+    except ValueError as error:
+        place = path / DIRECTORY / task / CASES
+        raise UserError(f"{place} cannot be read ({error}); run `instap evaluate` again") from error
+    return cases
 
 
 def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Lines sorted by step, the last one of a repeated step; and how many could not be read."""
     try:
         total = sum(1 for line in (path / METRICS).open(encoding="utf-8") if line.strip())
-        lines = read_metrics(path)
-    except (OSError, ValueError) as error:
+        lines = [line for line in read_metrics(path) if _is_step(line["step"])]
+    except (OSError, ValueError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path / METRICS} is not a metrics file ({reason})") from error
     if total and not lines:
@@ -162,14 +210,14 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_step(value: int) -> bool:
+    return not isinstance(value, bool) and 0 <= value <= _LARGEST_STEP
 
 
 def _steps(run: Run) -> str:
     wanted = run.config.get("steps")
     if not run.lines:
-        return "—"
+        return DASH
     last = f"{run.lines[-1]['step']:,}"
     return f"{last} of {wanted:,}" if isinstance(wanted, int) else last
 
@@ -177,30 +225,36 @@ def _steps(run: Run) -> str:
 def _speed(run: Run) -> dict[str, str]:
     steps, seconds = series(run, "step_seconds")
     if not len(steps):
-        return dict.fromkeys(("training time", "samples/s", "step time", "data wait"), "—")
-    covered = np.diff(steps, prepend=0)
-    # The first line holds the compilation: in the total, but not in the rates.
-    steady = slice(1, None) if len(steps) > 1 else slice(None)
-    waited = series(run, "data_wait_seconds")[1]
-    rate = series(run, "examples_per_second")[1]
-    mfu = series(run, "mfu")[1]
-    share = "—"
-    if len(waited) == len(seconds):
-        spent = (seconds * covered)[steady].sum()
-        share = f"{100 * (waited * covered)[steady].sum() / max(spent, 1e-12):.1f} % of step time"
+        return dict.fromkeys(("training time", "samples/s", "step time", "data wait"), DASH)
+    rate = _steady(series(run, "examples_per_second")[1])
+    mfu = _steady(series(run, "mfu")[1])
     return {
-        "training time": duration(float((seconds * covered).sum())),
-        "samples/s": f"{np.median(rate[steady]):.1f} (median)" if len(rate) else "—",
-        "step time": f"{1000 * np.median(seconds[steady]):.0f} ms (median)",
-        "data wait": share,
-        **(
-            {"model FLOPs utilisation": f"{100 * np.median(mfu[steady]):.1f} %"} if len(mfu) else {}
-        ),
+        "training time": duration(float((seconds * np.diff(steps, prepend=0)).sum())),
+        "samples/s": f"{number(np.median(rate))} (median)" if len(rate) else DASH,
+        "step time": f"{number(1000 * np.median(_steady(seconds)), '.0f')} ms (median)",
+        "data wait": _data_wait(run),
+        **({"model FLOPs utilisation": f"{number(100 * np.median(mfu))} %"} if len(mfu) else {}),
     }
 
 
+def _steady(values: np.ndarray) -> np.ndarray:
+    """Without the first line, which holds the compilation: in totals, but not in rates."""
+    return values[1:] if len(values) > 1 else values
+
+
+def _data_wait(run: Run) -> str:
+    steps, waited, seconds = series(run, "data_wait_seconds", "step_seconds")
+    if not len(steps):
+        return DASH
+    covered = _steady(np.diff(steps, prepend=0))
+    spent = max((_steady(seconds) * covered).sum(), 1e-12)
+    return f"{number(100 * (_steady(waited) * covered).sum() / spent)} % of step time"
+
+
 def duration(seconds: float) -> str:
-    """1234.5 -> '20 min 35 s'."""
+    """1234.5 -> '20 min 35 s'; a dash where it is not known."""
+    if not known(seconds):
+        return DASH
     whole = round(seconds)
     if whole < 90:
         return f"{seconds:.1f} s"
@@ -212,19 +266,19 @@ def duration(seconds: float) -> str:
 def _loss(run: Run) -> str:
     values = series(run, "loss")[1]
     if not len(values):
-        return "—"
+        return DASH
     tail = values[-max(1, len(values) // 20) :]
-    return f"{values[0]:.4g} → {tail.mean():.4g} (mean of the last {len(tail)} logged)"
+    return f"{values[0]:.4g} → {number(tail.mean(), '.4g')} (mean of the last {len(tail)} logged)"
 
 
 def _faults(run: Run) -> str:
     """The last counts by reason: they are totals of the run so far."""
     if not run.lines:
-        return "—"
+        return DASH
     last = run.lines[-1]
     counts = {
         name.removeprefix("faults/"): int(last[name])
         for name in last
-        if name.startswith("faults/") and _is_number(last[name]) and last[name]
+        if name.startswith("faults/") and known(last[name]) and last[name]
     }
     return ", ".join(f"{count:,} {reason}" for reason, count in counts.items()) or "none"

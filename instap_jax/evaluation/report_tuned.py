@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from instap_jax.evaluation.report_groups import Entry, cell, groups, heading, remarks
 from instap_jax.evaluation.report_html import Html, join, note, table, tag
+from instap_jax.evaluation.report_numbers import best
 from instap_jax.evaluation.report_runs import Run
 
 
@@ -44,7 +45,7 @@ def _with_floors(
     group: Sequence[Entry], columns: Sequence[str], floors: Mapping[str, Mapping[str, float]]
 ) -> Html:
     found = [entry.measurement.metrics for entry in group]
-    best = {name: max(metrics[name] for metrics in found) for name in columns}
+    top = {name: best(metrics[name] for metrics in found) for name in columns}
     rows = [
         [
             entry.head,
@@ -52,7 +53,7 @@ def _with_floors(
                 cell(
                     metrics[name],
                     _margin(metrics, name),
-                    best=len(group) > 1 and metrics[name] == best[name],
+                    best=len(group) > 1 and metrics[name] == top[name],
                 )
                 for name in columns
             ),
@@ -62,7 +63,8 @@ def _with_floors(
     for label, floor in floors.items():
         shown = [cell(floor[name]) if name in floor else "" for name in columns]
         rows.append([tag("span", label, class_="lead"), *shown])
-    return table(["run", *columns], rows)
+    label = f"Scores, {group[0].measurement.protocol.suite}"
+    return table(["run", *columns], rows, label=label)
 
 
 def _margin(metrics: Mapping, name: str) -> float | None:

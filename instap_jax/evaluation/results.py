@@ -18,10 +18,27 @@ from typing import Any
 
 import instap_jax
 from instap_jax.errors import UserError
+from instap_jax.evaluation.report_shapes import check_fields
 from instap_jax.evaluation.retrieval import RECALL_AT
 
 DIRECTORY = "eval"
 _PACKAGES = ("jax", "flax", "numpy")
+# What the fields of a results file must be; `metrics` is nested at will.
+_RESULT_FIELDS = {
+    **dict.fromkeys(("task", "written", "config_hash", "checkpoint_hash"), "text"),
+    "versions": "an object of texts",
+    "measurements": "a list of objects",
+}
+_MEASUREMENT_FIELDS = {
+    "protocol": "an object",
+    "metrics": "an object",
+    "counts": "an object of whole numbers",
+    "remarks": "a list of texts",
+}
+_PROTOCOL_FIELDS = {
+    **dict.fromkeys(("suite", "unit", "scoring", "weights", "notes"), "text"),
+    **dict.fromkeys(("frames", "step"), "a whole number"),
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +75,7 @@ class Measurement:
         tasks: numbers by name, nested at will.
       counts: sizes of what was measured, as {'texts': 64, 'videos': 64}.
       remarks: what holds for this run alone, and so is no part of the protocol, as 'not re-ranked:
-        the run did not train VTM'.
+        this run did not train VTM, equation (3)'.
     """
 
     protocol: Protocol
@@ -151,24 +168,29 @@ def read_result(path: Path) -> Result:
     """
     try:
         return _parse(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        # A plain ValueError says in words which field is wrong.
+        reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         raise UserError(
             f"{path} is not a results file ({reason}); delete it or run `instap evaluate` again"
         ) from error
 
 
-def _parse(plain: dict[str, Any]) -> Result:
-    measurements = [
-        Measurement(
-            protocol=Protocol(**one["protocol"]),
-            metrics=dict(one["metrics"]),
-            counts=dict(one["counts"]),
-            remarks=tuple(one.get("remarks", ())),
-        )
-        for one in plain["measurements"]
-    ]
+def _parse(plain: Any) -> Result:
+    check_fields(plain, _RESULT_FIELDS)
+    measurements = [_parse_measurement(one) for one in plain["measurements"]]
     return Result(**{**plain, "measurements": measurements})
+
+
+def _parse_measurement(plain: dict[str, Any]) -> Measurement:
+    check_fields(plain, _MEASUREMENT_FIELDS, within="a measurement")
+    check_fields(plain["protocol"], _PROTOCOL_FIELDS, within="a protocol")
+    return Measurement(
+        protocol=Protocol(**plain["protocol"]),
+        metrics=plain["metrics"],
+        counts=plain["counts"],
+        remarks=tuple(plain.get("remarks", ())),
+    )
 
 
 def config_hash(config: Mapping[str, Any]) -> str:

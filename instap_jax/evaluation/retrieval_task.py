@@ -272,7 +272,7 @@ def _remarks(context: Context, unit: Unit, *, reranked: bool) -> list[str]:
         remarks.append("not re-ranked: --top_k=0")
     elif not reranked:
         equation = {"vtm": "(3)", "inst_vtm": "(9)"}[unit.term]
-        remarks.append(f"not re-ranked: this run did not train VTM {equation}")
+        remarks.append(f"not re-ranked: this run did not train VTM, equation {equation}")
     if context.options.dual_softmax:
         remarks.append(f"temperature of dual softmax: {unit.temperature:.4f}")
     return remarks
