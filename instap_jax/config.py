@@ -275,6 +275,8 @@ def _distributed() -> ConfigDict:
 def _compute() -> ConfigDict:
     c = ConfigDict()
     c.dtype = "bfloat16"  # of activations and matmuls; parameters, norms, softmax, loss: float32
+    # A TPU's matmuls of 'float32' round their factors to bfloat16, as JAX has it unless
+    # JAX_DEFAULT_MATMUL_PRECISION=highest is set.
     # What the backward pass keeps of a block: 'none' (only its input), 'attention' (also what
     # the TPU's kernel put out), 'offload' (these two in the host's memory, where they are large),
     # 'dots' (as 'attention', and matmul outputs without batch dimensions), 'all'

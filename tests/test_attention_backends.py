@@ -245,7 +245,8 @@ def choose(
         ("xla", {"platform": "tpu", "shape": (1, 2, 16)}),  # nor does one of 64
         ("cudnn", {"platform": "gpu", "width": 16 * 80}),
         ("xla", {"platform": "gpu", "tokens": 197}),  # odd
-        ("pallas", {"platform": "tpu", "kind": "TPU v4", "tokens": 4096}),
+        ("pallas", {"platform": "tpu", "kind": "TPU v4", "tokens": 3584}),
+        ("xla", {"platform": "tpu", "kind": "TPU v4", "tokens": 3920}),
         ("xla", {"platform": "tpu", "kind": "TPU v4", "tokens": 6272}),
         ("xla", {"platform": "tpu", "kind": "TPU v4", "dtype": jnp.float32, "tokens": 1568}),
         ("pallas", {"platform": "tpu", "kind": "TPU v5 lite", "tokens": 6272}),

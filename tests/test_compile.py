@@ -18,7 +18,7 @@ from tiny import tiny_config
 from instap_jax import main, sharding
 from instap_jax.aot import compiling, hlo, kernels, lowering, topology
 from instap_jax.errors import UserError
-from instap_jax.models import depth
+from instap_jax.models import attention_backends, depth
 from instap_jax.models.layers import Bias, PreNormBlock, exact_gelu
 from instap_jax.train.feed import abstract_batch
 from instap_jax.train.flops import peak_flops
@@ -162,6 +162,28 @@ def compile_stack(remat: str) -> tuple[hlo.Module, jax.stages.Compiled]:
     with topology.compiler_environment():
         compiled = lowered.compile()
     return hlo.parse(compiled.as_text()), compiled
+
+
+def test_the_gradient_of_attention_fits_the_memory_of_a_v4():
+    """At 18 frames of 224 px, whose blocks of a v5e's size would not."""
+    mesh = sharding.make_mesh(
+        tiny_config("stage1").mesh, topology.devices(topology.parse("v4:2x2x1"))
+    )
+    tokens, split = 18 * 196, sharding.batch_sharding(mesh)
+    x = jax.ShapeDtypeStruct((4, tokens, 1024), jnp.bfloat16, sharding=split)
+    mask = jax.ShapeDtypeStruct((4, tokens), bool, sharding=split)
+
+    def loss(q, k, v, mask):
+        sizes = {"samples": 4, "queries": tokens, "keys": tokens, "heads": 16, "width": 1024}
+        assert attention_backends.choose("auto", q.dtype, **sizes) == "pallas"
+        y = attention_backends.attend("pallas", q, k, v, heads=16, mask=mask)
+        return y.astype(jnp.float32).sum()
+
+    with jax.set_mesh(mesh), jax.default_matmul_precision("default"):
+        traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(x, x, x, mask)
+        lowered = traced.lower(lowering_platforms=("tpu",))
+    with topology.compiler_environment():
+        lowered.compile()  # or RESOURCE_EXHAUSTED
 
 
 def test_what_a_stack_offloads_goes_to_the_host_and_comes_back(monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from tiny import tiny_config
 
+from instap_jax import sharding
 from instap_jax.errors import UserError
 from instap_jax.train import replay
 from instap_jax.train import step as step_module
@@ -184,3 +185,16 @@ def test_samples_are_found_by_halving(bad, found):
         return any(one <= set(places) for one in bad)
 
     assert list(replay.smallest(is_bad, list(range(8)))) == found
+
+
+def test_replay_takes_fewer_chips_where_so_many_are_no_rectangle(monkeypatch):
+    """JAX lays a mesh on TPU chips only if they are one, which it asserts."""
+    make = sharding.make_mesh
+
+    def make_of_rectangles(config, devices):
+        assert len(devices) in (1, 2, 4, 8)
+        return make(config, devices)
+
+    monkeypatch.setattr(sharding, "make_mesh", make_of_rectangles)
+    mesh, _ = replay._fitting(tiny_config("stage1"), groups=6)
+    assert mesh.size == 2

@@ -349,7 +349,8 @@ def pool_boxes(
 
     def pool(one):
         weight, index = one
-        return jnp.einsum("tp,tpd->d", weight, tokens[index].astype(jnp.float32))
+        seen = tokens[index].astype(jnp.float32)
+        return jnp.einsum("tp,tpd->d", weight, seen, precision=jax.lax.Precision.HIGHEST)
 
     total = jnp.maximum(area.sum((1, 2)), 1e-12)
     return jax.lax.map(pool, (area, parent)) / total[:, None]

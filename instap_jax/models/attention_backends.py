@@ -36,7 +36,8 @@ Array = jax.Array
 LONG = 128 * 256  # logits of a head, n * m, from which on 'auto' takes a kernel
 _PLATFORM = {"pallas": "tpu", "cudnn": "gpu"}
 _LOGITS = 1 << 20  # of a head, that a program holds at once
-_KEYS_ON_V4 = 4096
+# A v4 has 16 MB of VMEM, and a gradient's blocks of more logits or keys do not fit.
+_LOGITS_ON_V4, _KEYS_ON_V4 = 1 << 19, 3584
 
 
 def choose(
@@ -66,7 +67,7 @@ def choose(
     if backend == "pallas":
         divides = divides and tiles.LANES % (width // heads) == 0
         divides = divides and width // ways % tiles.LANES == 0
-        if device_kind().startswith("TPU v4"):  # a program must fit its 16 MB of VMEM
+        if _is_v4():
             divides = divides and dtype == jnp.bfloat16 and keys <= _KEYS_ON_V4
     if backend == "cudnn":  # its gradient takes no odd length
         divides = divides and queries % 2 == keys % 2 == 0
@@ -168,7 +169,11 @@ def padded_length(queries: int, keys: int) -> int:
 
 def _block(queries: int, keys: int) -> int:
     """Queries that a program of the TPU kernel takes."""
-    return tiles.block(queries, _LOGITS // keys)
+    return tiles.block(queries, (_LOGITS_ON_V4 if _is_v4() else _LOGITS) // keys)
+
+
+def _is_v4() -> bool:
+    return device_kind().startswith("TPU v4")
 
 
 def _cudnn(q: Array, k: Array, v: Array, mask: Array | None, *, channels: int) -> Array:

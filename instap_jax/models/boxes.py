@@ -5,6 +5,8 @@ Axis letters: g groups, n instances of a group, t frames, i j rows and columns o
 r c rows and columns of scene patches, d width.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -145,6 +147,8 @@ def scene_codes(
 
     rows = weights(boxes[..., 1], boxes[..., 3])
     columns = weights(boxes[..., 0], boxes[..., 2])
-    codes = jnp.einsum("gntir,trcd->gnticd", rows, table)
-    codes = jnp.einsum("gntjc,gnticd->gntijd", columns, codes)
+    # Without HIGHEST a TPU would round codes and weights to bfloat16.
+    exactly = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    codes = exactly("gntir,trcd->gnticd", rows, table)
+    codes = exactly("gntjc,gnticd->gntijd", columns, codes)
     return codes.reshape((g, n, t * crop_side**2, width))

@@ -8,6 +8,7 @@ K taps. Token t * N + i is patch i (row-major) of frame t.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -27,6 +28,10 @@ Array = jax.Array
 NORM_EPSILON = 1e-6
 # torch's default for Conv3d, which UMT leaves as it is: uniform within 1 / sqrt(fan_in).
 _conv_init = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+# Without HIGHEST a TPU would round codes and weights to bfloat16.
+_exactly = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 @jax.tree_util.register_dataclass
@@ -203,11 +208,11 @@ def position_codes(
     side = math.isqrt(patches)
     table = _sinusoid(first, grid.side**2 if grid.side else patches, width)
     if first != frames:
-        table = jnp.einsum("tf,fpd->tpd", resize.linear(first, frames).astype(np.float32), table)
+        table = _exactly("tf,fpd->tpd", resize.linear(first, frames).astype(np.float32), table)
     if grid.side and grid.side != side:
         matrix = resize.bicubic(grid.side, side).astype(np.float32)
         table = table.reshape((frames, grid.side, grid.side, width))
-        table = jnp.einsum("yr,xc,trcd->tyxd", matrix, matrix, table)
+        table = _exactly("yr,xc,trcd->tyxd", matrix, matrix, table)
     table = table.reshape(frames * patches, width)
     return table if visible is None else table[visible]
 

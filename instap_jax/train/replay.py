@@ -130,11 +130,11 @@ def _fitting(config: ConfigDict, groups: int) -> tuple[Mesh, Program]:
     for count in range(len(jax.devices()), 0, -1):
         if parts % count:
             continue
-        mesh = sharding.make_mesh(config.mesh, jax.devices()[:count])
         try:
+            mesh = sharding.make_mesh(config.mesh, jax.devices()[:count])
             with jax.set_mesh(mesh):
                 return mesh, build_program(config, mesh)
-        except UserError:
+        except (UserError, AssertionError):  # JAX asserts that TPU chips are a whole rectangle
             if count == 1:
                 raise
     raise AssertionError("one device always divides")
