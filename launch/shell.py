@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ class Shell:
         self._show(words, stdin)
         if self.dry_run:
             return 0
-        return subprocess.run(words, input=stdin, text=True).returncode
+        return subprocess.run(_found(words), input=stdin, text=True).returncode
 
     def check(self, words: Sequence[str], *, stdin: str | None = None) -> None:
         """Runs a command that must succeed.
@@ -38,7 +39,7 @@ class Shell:
         if self.dry_run:
             self._show(words, None)
             return ""
-        done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(_found(words), stdout=subprocess.PIPE, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
     def look(self, words: Sequence[str], *, absent: str) -> str | None:
@@ -50,7 +51,7 @@ class Shell:
         if self.dry_run:
             self._show(words, None)
             return ""
-        done = subprocess.run(words, capture_output=True, text=True)
+        done = subprocess.run(_found(words), capture_output=True, text=True)
         if done.returncode == 0:
             return done.stdout.strip()
         if absent in done.stderr:
@@ -67,7 +68,7 @@ class Shell:
         if self.dry_run:
             return 0
         with subprocess.Popen(
-            words,
+            _found(words),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -85,10 +86,17 @@ class Shell:
     def start(self, words: Sequence[str]) -> None:
         """Starts a command and does not wait for it."""
         self._show(words, None)
-        subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True)
+        subprocess.Popen(_found(words), stdin=subprocess.DEVNULL, start_new_session=True)
 
     def _show(self, words: Sequence[str], stdin: str | None) -> None:
         print(("" if self.dry_run else "+ ") + shlex.join(words) + _here(stdin), flush=True)
+
+
+def _found(words: Sequence[str]) -> Sequence[str]:
+    if shutil.which(words[0]) is None:
+        print(f"launch: {words[0]}: no such command; install it first", file=sys.stderr)
+        raise SystemExit(2)  # another start would not find it either
+    return words
 
 
 def _here(stdin: str | None) -> str:

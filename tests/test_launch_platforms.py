@@ -365,6 +365,14 @@ if words[0] == "logs":
     assert sum("--since-time=" in line for line in out) == 2
 
 
+def test_a_platform_whose_command_is_not_there_is_one_line(capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    for launcher, flags in ((tpu, (*TPU, "--accelerator=v5p-256")), (gke, GKE)):
+        with pytest.raises(SystemExit, match="2"):
+            launcher.main([*flags, "--", *TRAIN])
+        assert ": no such command; install it first" in capsys.readouterr().err
+
+
 SLURM = ("--nodes=4", "--gpus=8", "--sbatch-flag=--partition=gpu", "--wait")
 
 

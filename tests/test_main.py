@@ -153,6 +153,8 @@ LONG = "a" * 300
         (["validate", "--annotations=a.jsonl", f"--media={LONG}"], "File name too long"),
         (["report", f"--workdirs={LONG}", "--out=r.html"], "File name too long"),
         (["train", f"--config={LONG}", "--workdir=w"], "File name too long"),
+        (["validate", "--annotations=a.jsonl", "--media="], "--media is empty"),
+        (["preview", "--annotations=a.jsonl", "--media=", "--out=p"], "--media is empty"),
         (["synth", "--out=s", "--val_size=1000000000000"], "at most 1,000,000 samples"),
         (["pack", "--annotations=a", "--media=m", "--out=o", "--max_reject_rate=nan"],
          "--max_reject_rate=nan: expected a number"),

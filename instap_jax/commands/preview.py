@@ -6,6 +6,7 @@ from pathlib import Path
 from absl import flags
 
 from instap_jax.data import preview
+from instap_jax.errors import UserError
 from instap_jax.types import Sample
 
 
@@ -32,6 +33,9 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues) -> None:
+    if not values.media:
+        raise UserError("--media is empty: name the directory that media paths are relative to")
+
     def skip(sample: Sample, reason: str) -> None:
         print(f"skipped {values.annotations}:{sample.line} {sample.id} {reason}", file=sys.stderr)
 

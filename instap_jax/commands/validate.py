@@ -5,7 +5,7 @@ from pathlib import Path
 from absl import flags
 
 from instap_jax.data import validation
-from instap_jax.errors import EXIT_USER_ERROR
+from instap_jax.errors import EXIT_USER_ERROR, UserError
 from instap_jax.progress import Progress
 
 
@@ -24,6 +24,8 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues) -> int:
+    if not values.media:
+        raise UserError("--media is empty: name the directory that media paths are relative to")
     annotations = Path(values.annotations)
     faults = 0
 
