@@ -145,8 +145,9 @@ class Batch(TypedDict):
       fault: int32 [g, b], `Fault` code.
       corpus: int32 [g, b], index of the corpus in the configuration.
       record: int32 [g, b], index of the record in its corpus. With `corpus`, names the sample.
-      media_hash: int32 [g, b], hash of corpus and sample id: equal means the same media.
-      text_hash: int32 [g, b], hash of the sentence before tokenization.
+      media_hash: int32 [g, b], hash of corpus and media path: equal means the same file.
+      text_hash: int32 [g, b], hash of the token ids (without a tokenizer, of the sentence): equal
+        means that the model reads the same text.
       keep_side: bool [g, b], the sentence (or one of the instances') names left or right: no flip.
       label: int32 [g, b], index of the sample's label in `config.classify.classes`; `NO_LABEL`
         where it has no class.

@@ -209,6 +209,7 @@ def test_kinetics_official_csv(tmp_path):
         ("a.mp4,2\n", "x\ny\n", r"in.csv:1: label '2' is none of the 2 classes"),
         ("a.mp4,7\n", None, "label 7 is a number; name the classes with --classes"),
         ("a.mp4\n", None, "expected 'path,label'"),
+        ("a.mp4 playing guitar\n", None, "without further spaces, got 'a.mp4 playing guitar'"),
         ("a.mp4,\n", None, "in.csv:1: no label"),
         ("a.mp4,x\na.mp4,y\n", None, "this id occurs twice"),
         ("/x/a.mp4,x\n", None, "is absolute"),

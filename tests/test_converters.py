@@ -93,6 +93,17 @@ def test_coco(tmp_path):
     }
 
 
+def test_a_blank_caption_of_coco_is_none(tmp_path):
+    blank = {"annotations": [{"id": 1, "image_id": 7, "caption": " \n"}]}
+    lines, _ = run(
+        "coco",
+        tmp_path,
+        write(tmp_path / "instances.json", COCO),
+        captions=write(tmp_path / "captions.json", blank),
+    )
+    assert lines[0]["caption"] == "This image shows dog (1) and apple (1)."
+
+
 def test_visual_genome(tmp_path):
     regions = [
         {"region_id": 11, "image_id": 1, "phrase": "the red end", "x": 30, "y": -2, "width": 40,
@@ -203,6 +214,8 @@ def test_umt(tmp_path):
             {"image": str(tmp_path / "media" / "b" / "ü.jpg"), "caption": ["One.", "Two."]},
             {"video": "a/1.mp4", "caption": "It runs again."},
             {"video": "a/2.mp4", "caption": ""},
+            {"video": "a/3.mp4", "caption": [" ", "\u200b"]},
+            {"video": "a/4.mp4", "caption": []},
         ],
     )
     lines, left_out = run("umt", tmp_path, source, media=tmp_path / "media")
@@ -211,7 +224,7 @@ def test_umt(tmp_path):
         sample("b/ü.jpg", "b/ü.jpg", "image", "webvid", ["One.", "Two."], []),
         sample("a/1.mp4#2", "a/1.mp4", "video", "webvid", "It runs again.", []),
     ]
-    assert left_out == {"entries without caption": 1}
+    assert left_out == {"entries without caption": 3}
 
 
 def test_sentences_made_of_categories():

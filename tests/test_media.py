@@ -1,7 +1,10 @@
 """Decoding: the right frames, and every kind of damage as one kind of error."""
 
+import re
+import struct
 import subprocess
 import sys
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -128,6 +131,86 @@ def test_rotation_and_exif_turn_the_picture_upright(tmp_path):
     assert media.read_image(image, 22).shape == (31, 22, 3)
 
 
+@pytest.mark.parametrize(
+    ("matrix", "corners"),  # a, b, c, d of the track header; red, green / blue, white as stored
+    [
+        ((1, 0, 0, 1), "RG/BW"),
+        ((0, 1, -1, 0), "BR/WG"),
+        ((-1, 0, 0, -1), "WB/GR"),
+        ((0, -1, 1, 0), "GW/RB"),
+        ((-1, 0, 0, 1), "GR/WB"),
+        ((1, 0, 0, -1), "BW/RG"),
+        ((0, 1, 1, 0), "RB/GW"),
+    ],
+)
+def test_a_clip_is_turned_and_mirrored_as_it_is_displayed(tmp_path, matrix, corners):
+    array = np.zeros((32, 64, 3), np.uint8)
+    array[:16, :32], array[:16, 32:] = (255, 0, 0), (0, 255, 0)
+    array[16:, :32], array[16:, 32:] = (0, 0, 255), 255
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv444p"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
+        container.mux(stream.encode())
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 4 + 4 + 20 + 16  # version 0: the matrix follows
+    a, b, c, d = (x << 16 for x in matrix)
+    struct.pack_into(">9i", data, at, a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    (frame,) = media.read_frames(path, [0])
+    info = media.probe(path, Kind.VIDEO)
+    assert frame.shape[:2] == (info.height, info.width)
+    names = {(1, 0, 0): "R", (0, 1, 0): "G", (0, 0, 1): "B", (1, 1, 1): "W"}
+    height, width = frame.shape[:2]
+    found = [
+        names[tuple(int(v > 127) for v in frame[y * height // 4, x * width // 4])]
+        for y in (1, 3)
+        for x in (1, 3)
+    ]
+    assert "".join(found[:2]) + "/" + "".join(found[2:]) == corners
+
+
+@pytest.mark.parametrize("suffix", ["webm", "mkv"])
+def test_the_rate_of_a_recording_without_one_is_that_of_its_frames(tmp_path, suffix):
+    """As browsers record: times in milliseconds, not quite even, and no duration of a frame."""
+    path = tmp_path / f"a.{suffix}"
+    even = np.arange(60) * 100 / 3
+    times = np.round(even + np.random.default_rng(0).uniform(-8, 8, 60) - even[0]).astype(int)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libvpx", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for index, time in enumerate(times.tolist()):
+            grey = np.full((32, 48, 3), brightness(index), np.uint8)
+            frame = av.VideoFrame.from_ndarray(grey, format="rgb24")
+            frame.pts, frame.time_base = time - times[0], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    data = bytearray(path.read_bytes())
+    at = data.index(b"\x23\xe3\x83")  # DefaultDuration: made a Void element of the same size
+    length = 4 + (data[at + 3] & 0x7F)
+    data[at : at + length] = bytes([0xEC, 0x80 | (length - 2), *[0] * (length - 2)])
+    path.write_bytes(data)
+    info = media.probe(path, Kind.VIDEO)
+    assert info.frames == 60
+    assert info.fps == pytest.approx(30, rel=0.02)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_what_is_transparent_is_white(tmp_path, orientation):
+    logo = np.zeros((8, 12, 4), np.uint8)  # black throughout, to be seen at the top left only
+    logo[:4, :6, 3] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "a.png"
+    Image.fromarray(logo).save(path, exif=exif)
+    array = media.read_image(path)
+    expected = np.full((8, 12, 3), 255, np.uint8)
+    expected[:4, :6] = 0
+    np.testing.assert_array_equal(array, np.rot90(expected, 0 if orientation == 1 else -1))
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "LA"])
 def test_every_colour_mode_becomes_rgb(tmp_path, mode):
     path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
@@ -204,6 +287,46 @@ def test_truncated_mp4(tmp_path):
         assert reason(media.read_frames, source, [0, 23]) == text
     assert len(media.read_frames(path, range(decoded))) == decoded  # what is there can be read
     assert reason(media.verify, path, Kind.VIDEO) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("a.mkv", "libx264", {}),
+        ("a.webm", "libvpx", {}),
+        ("a.avi", "mpeg4", {}),
+        ("a.mp4", "libx264", {"movflags": "frag_keyframe+empty_moov+default_base_moof"}),
+    ],
+)
+def test_other_containers_cut_off(tmp_path, name, codec, options):
+    path = tmp_path / name
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream(codec, rate=25, options={"g": "8"})
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for index in range(40):
+            grey = np.full((32, 48, 3), brightness(index), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+        container.mux(stream.encode())
+    assert media.verify(path, Kind.VIDEO).frames == 40
+    data = path.read_bytes()
+    path.write_bytes(data + b"junk behind the end")
+    assert media.verify(path, Kind.VIDEO).frames == 40
+    for size in (len(data) // 2, len(data) * 3 // 4, len(data) - 1):
+        path.write_bytes(data[:size])
+        assert re.match(rf"truncated: {size} of \d+ bytes", reason(media.probe, path, Kind.VIDEO))
+
+
+def test_a_recording_that_was_never_finished_is_taken_as_it_is(tmp_path):
+    """Written live, a Matroska segment has no size: nothing says that something is missing."""
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w", options={"live": "1"}, format="matroska") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for index in range(10):
+            grey = np.full((32, 48, 3), brightness(index), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+        container.mux(stream.encode())
+    assert media.verify(path, Kind.VIDEO).frames == 10
 
 
 def test_mp4_cut_between_two_frames_or_in_its_header(tmp_path):

@@ -1,6 +1,7 @@
 """The grain pipeline: one stream on any hosts and workers, resume, faults, captions, evaluation."""
 
 import collections
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -13,8 +14,8 @@ from ml_collections import ConfigDict
 from pipeline_data import command_line, config, corpus  # noqa: F401 - fixtures
 
 from instap_jax.data import media, pipeline
-from instap_jax.data.captions import sentence_for_epoch, split_sentences, text_hash
-from instap_jax.data.groups import fitting_size
+from instap_jax.data.captions import hash32, sentence_for_epoch, split_sentences, text_hash
+from instap_jax.data.groups import GroupRef, SampleRef, fitting_size
 from instap_jax.data.pipeline import Corpus, FaultMonitor, parse_corpora
 from instap_jax.data.records import CorruptRecordError, RecordSource, open_source
 from instap_jax.data.suite import read_suite
@@ -42,6 +43,12 @@ def assert_equal(one: list[Batch], other: list[Batch]) -> None:
         assert a.keys() == b.keys() == Batch.__annotations__.keys()
         for name in a:
             np.testing.assert_array_equal(a[name], b[name], err_msg=name, strict=True)
+
+
+def hash_of(config: ConfigDict, text: str) -> int:
+    """Of what the model reads of a text."""
+    tokens = pipeline.open_tokenizer(config).encode(text, config.tokenizer.length)
+    return hash32(tokens.tobytes())
 
 
 # --- corpora ------------------------------------------------------------------------------------
@@ -167,13 +174,13 @@ def test_captions_cycle_by_the_epoch_of_their_own_corpus(config, corpus):
             seen[sample] += 1
             record = sources[sample[0]][sample[1]]
             assert len(split_sentences(record.captions[0])) == 3
-            expected = text_hash(sentence_for_epoch(record.captions, epoch))
+            expected = hash_of(config, sentence_for_epoch(record.captions, epoch))
             assert batch["text_hash"][place] == expected
-            assert batch["media_hash"][place] == text_hash(f"{sample[0]}/{record.id}")
+            assert batch["media_hash"][place] == text_hash(f"{sample[0]}/{record.media}")
             for slot in np.flatnonzero(batch["instance_valid"][place[0]]):
                 if batch["parent"][place[0], slot] == place[1]:
                     texts = [sentence_for_epoch(c, epoch) for c in record.instance_captions]
-                    hashes = [text_hash(text) for text in texts]
+                    hashes = [hash_of(config, text) for text in texts]
                     assert batch["instance_text_hash"][place[0], slot] in hashes
     assert sum(n for (c, _), n in seen.items() if c == 1) == 90  # by weight
     for c, size in ((0, CLIPS), (1, 3)):  # and evenly within a corpus
@@ -181,10 +188,52 @@ def test_captions_cycle_by_the_epoch_of_their_own_corpus(config, corpus):
         assert len(turns) == size and max(turns) - min(turns) <= 1
 
 
+def test_equal_files_and_texts_that_read_the_same_are_told(config):
+    """Lists with one caption a line repeat a file; capitals and what is cut off say nothing."""
+    config.tokenizer.length = 8
+    loader = open_loader(config, 1, 2)
+    record = loader._builder.sources[0][0]
+    shown = [
+        dataclasses.replace(record, captions=(text,), id=f"entry-{i}", media=name)
+        for i, (text, name) in enumerate(
+            [
+                ("A red dog runs to the right.", "a.mp4"),
+                ("a RED dog runs to the right.", "a.mp4"),
+                ("A red dog runs to the right. Then it sits.", "b.mp4"),
+                ("A dog.", "c.mp4"),
+            ]
+        )
+    ]
+    loader.close()
+    builder = dataclasses.replace(
+        loader._builder, sources=[shown], group_size=4, caption_sampling="first"
+    )
+    refs = [SampleRef(corpus=0, record=i, epoch=0, turn=i) for i in range(4)]
+    frames = np.zeros(builder.shapes(1)["frames"][0], np.uint8)
+    batch = builder.build([GroupRef(first=0, samples=refs)], frames, lambda number: Fault.NONE)
+    media, texts = batch["media_hash"][0].tolist(), batch["text_hash"][0].tolist()
+    assert media[0] == media[1] and len(set(media)) == 3
+    assert texts[0] == texts[1] == texts[2] != texts[3]
+
+
+def test_every_corpus_keeps_its_order_however_many_there_are(config, corpus, monkeypatch):
+    config.data.videos = ",".join([f"{corpus}/jpeg:train"] * 40)
+    shuffled = collections.Counter()
+    made = pipeline._Turns._shuffled
+
+    def counted(turns, epoch):
+        shuffled[turns._corpus, epoch] += 1
+        return made(turns, epoch)
+
+    monkeypatch.setattr(pipeline._Turns, "_shuffled", counted)
+    take(open_loader(config, 1, 40), 3)
+    assert len(shuffled) == 40 and set(shuffled.values()) == {1}
+
+
 def test_without_sub_sampling_every_epoch_has_the_caption_from_its_start(config, corpus):
     config.data.caption_sampling = "first"
     source = open_source(f"{corpus}/jpeg", "train", Kind.VIDEO)
-    whole = text_hash(source[0].captions[0])
+    whole = hash_of(config, source[0].captions[0])
     batches = take(open_loader(config, groups=1, group_size=CLIPS), 3)
     assert [(b["text_hash"][b["record"] == 0] == whole).all() for b in batches] == [True] * 3
 
@@ -216,10 +265,10 @@ def test_pixels_boxes_and_texts_belong_together(config, corpus, encoding, sampli
             if sampling == "uniform":
                 f = len(record.frame_index)
                 assert grid == [math.floor((i + 0.5) * f / 4) for i in range(4)]
-            _check_instances(batch, g, b, record, grid)
+            _check_instances(config, batch, g, b, record, grid)
 
 
-def _check_instances(batch: Batch, g: int, b: int, record: Record, grid: list[int]) -> None:
+def _check_instances(config, batch: Batch, g: int, b: int, record: Record, grid: list[int]) -> None:
     slots = np.flatnonzero(batch["instance_valid"][g] & (batch["parent"][g] == b))
     shown = [k for k in range(len(record.instance_ids)) if record.present[k, grid].any()]
     assert len(slots) == len(shown)  # the budget is large enough here
@@ -227,11 +276,11 @@ def _check_instances(batch: Batch, g: int, b: int, record: Record, grid: list[in
         np.testing.assert_array_equal(batch["boxes"][g, slot], record.boxes[k, grid])
         np.testing.assert_array_equal(batch["present"][g, slot], record.present[k, grid])
         text = split_sentences(record.instance_captions[k][0])
-        assert batch["instance_text_hash"][g, slot] in [text_hash(t) for t in text]
+        assert batch["instance_text_hash"][g, slot] in [hash_of(config, t) for t in text]
 
 
 def test_keep_side_is_set_by_the_sentences_in_use(config):
-    hashes = {text_hash("Seen on the left."): True, text_hash("Thing 0 of 3."): False}
+    hashes = {hash_of(config, "Seen on the left."): True, hash_of(config, "Thing 0 of 3."): False}
     met = collections.Counter()
     for batch in take(open_loader(config), 12):
         for g, b in np.ndindex(batch["record"].shape):
@@ -245,7 +294,7 @@ def test_keep_side_is_set_by_the_sentences_in_use(config):
 def test_texts_are_those_of_the_tokenizer(config):
     tokenizer = pipeline.load_tokenizer(config.tokenizer)
     batch = take(open_loader(config), 1)[0]
-    texts = {text_hash(s): s for c in range(CLIPS) for s in split_sentences(caption(c))}
+    texts = {hash_of(config, s): s for c in range(CLIPS) for s in split_sentences(caption(c))}
     for place in np.ndindex(batch["record"].shape):
         text = texts[int(batch["text_hash"][place])]
         np.testing.assert_array_equal(batch["text"][place], tokenizer.encode(text, 48))
@@ -274,7 +323,7 @@ def test_what_is_dropped_is_drawn_for_every_group(config, memory):
     config.data.instances_per_sample = 1
     memory(make_record(**make_instances(("A.", "B.", "C."), np.ones((3, 4), bool))))
     kept = {int(b["instance_text_hash"][0, 0]) for b in take(open_loader(config, 1, 1), 20)}
-    assert kept == {text_hash("A."), text_hash("B."), text_hash("C.")}
+    assert kept == {hash_of(config, "A."), hash_of(config, "B."), hash_of(config, "C.")}
 
 
 @pytest.mark.parametrize(("encoding", "canvas"), [("jpeg", (20, 20)), ("mp4", (17, 64))])
@@ -408,7 +457,7 @@ def test_instances_without_a_sentence_or_out_of_sight_are_not_used(config, memor
     present[1] = False
     memory(make_record(**make_instances(("A.", "B.", ""), present)))
     batch = take(open_loader(config, groups=1, group_size=1), 1)[0]
-    assert batch["instance_text_hash"][batch["instance_valid"]].tolist() == [text_hash("A.")]
+    assert batch["instance_text_hash"][batch["instance_valid"]].tolist() == [hash_of(config, "A.")]
     assert not batch["fault"].any() and not batch["dropped"].any()
 
 
@@ -440,7 +489,7 @@ def test_any_mixture_of_bad_samples_keeps_captions_with_their_media(config, memo
             clip = int(batch["record"][0, b]) // 2
             red = batch["frames"][0, b, :, :34, :46, 0].mean()
             assert abs(red - color(clip, 0)[0]) < 6
-            hashes = [text_hash(s) for s in split_sentences(caption(clip))]
+            hashes = [hash_of(config, s) for s in split_sentences(caption(clip))]
             assert batch["text_hash"][0, b] in hashes
         assert (batch["sample_valid"] == (batch["fault"] == 0)).all()
 
@@ -476,7 +525,7 @@ def test_evaluation_covers_a_split_once_in_order(config, corpus, host_count, wor
         instances += int(counts.sum())
     assert records == list(range(CLIPS))
     assert instances == sum(len(r.instance_ids) for r in source)  # also those seen in no frame
-    assert texts == [text_hash(r.captions[0]) for r in source]  # whole captions
+    assert texts == [hash_of(config, r.captions[0]) for r in source]  # whole captions
     assert [one.id for one in facts] == [r.id for r in source]
     for one, record in zip(facts, source):
         assert [i.captions for i in one.instances] == list(record.instance_captions)
@@ -490,4 +539,4 @@ def test_an_instance_between_the_frames_is_shown_in_the_nearest(config):
     batch = next(read_suite(config, source, frames=4, groups=1, group_size=1, workers=0)).batch
     assert batch["present"][0, 0].tolist() == [False, True, False, False]
     assert batch["present"][0, 1].sum() == 1 and batch["instance_valid"].all()
-    assert batch["instance_text_hash"][0, 0] == text_hash("A. B.")
+    assert batch["instance_text_hash"][0, 0] == hash_of(config, "A. B.")

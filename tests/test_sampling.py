@@ -50,6 +50,11 @@ def test_budget_is_used_and_shared_fairly(counts, budget, seed):
         assert len(picked) == keep and (picked < count).all() and (np.diff(picked) > 0).all()
 
 
+def test_a_crowd_is_no_loop():
+    kept = share_budget([10**15, 5, 10**12], 11, np.random.default_rng(0))
+    assert sorted(kept) == [3, 4, 4]
+
+
 def test_who_is_dropped_is_random():
     draws = [choose_instances([3], 1, np.random.default_rng(i))[0][0] for i in range(60)]
     assert set(draws) == {0, 1, 2}

@@ -81,9 +81,19 @@ def names_side(text: str) -> bool:
     return _SIDE.search(text.lower()) is not None
 
 
+def blank(text: str) -> bool:
+    """Whether a text says nothing: no character of it can be seen. Zero-width ones cannot."""
+    return not any(char.isprintable() and not char.isspace() for char in text)
+
+
 def text_hash(text: str) -> int:
-    """Returns a hash of the text as a signed 32-bit integer, the same on every machine (BLAKE2)."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=4).digest()
+    """Returns the `hash32` of a text."""
+    return hash32(text.encode("utf-8", "surrogatepass"))
+
+
+def hash32(data: bytes) -> int:
+    """Returns a hash as a signed 32-bit integer, the same on every machine (BLAKE2)."""
+    digest = hashlib.blake2b(data, digest_size=4).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from instap_jax.data import media
-from instap_jax.data.captions import names_side, sentence_for_epoch, text_hash
+from instap_jax.data.captions import blank, hash32, names_side, sentence_for_epoch, text_hash
 from instap_jax.data.records import CorruptRecordError, RecordSource
 from instap_jax.data.sampling import choose_frames, choose_instances
 from instap_jax.data.tokenizer import Tokenizer
@@ -202,11 +202,11 @@ class GroupBuilder:
             reads.append(read)
             out["sample_valid"][i] = True
             out["extent"][i] = read.extent
-            out["media_hash"][i] = text_hash(f"{ref.corpus}/{read.record.id}")
-            out["text_hash"][i] = text_hash(read.text)
+            # The file, not the sample's id: lists with one caption a line repeat a file.
+            out["media_hash"][i] = text_hash(f"{ref.corpus}/{read.record.media}")
             out["keep_side"][i] = names_side(read.text)
             out["label"][i] = read.label
-            self._tokenize(out["text"][i], read.text)
+            out["text_hash"][i] = self._tokenize(out["text"][i], read.text)
         return reads
 
     def _pack(
@@ -230,9 +230,8 @@ class GroupBuilder:
         out["present"][slot] = present
         out["instance_valid"][slot] = True
         out["parent"][slot] = parent
-        out["instance_text_hash"][slot] = text_hash(text)
         out["keep_side"][parent] |= names_side(text)
-        self._tokenize(out["instance_text"][slot], text)
+        out["instance_text_hash"][slot] = self._tokenize(out["instance_text"][slot], text)
 
     def _nearest_presence(self, present: np.ndarray, chosen: np.ndarray) -> np.ndarray:
         """Marks, for an instance that no chosen frame shows, the one nearest to its appearance.
@@ -260,7 +259,7 @@ class GroupBuilder:
             raise _BadSample(Fault.NO_FRAMES)
         _check_shapes(record)
         text = self._caption(record.captions, ref.epoch)
-        if not text and self.tokenizer is not None:
+        if self.tokenizer is not None and blank(text):
             raise _BadSample(Fault.EMPTY_CAPTION)
         rng = np.random.default_rng([self.seed, _FRAMES, ref.corpus, ref.turn])
         chosen = choose_frames(stored, self.frames, self.sampling, rng)
@@ -281,7 +280,7 @@ class GroupBuilder:
         if self.use is Use.EVALUATE or not count:
             return np.arange(count)
         seen = np.flatnonzero(record.present[:, chosen].any(axis=1))
-        named = [bool(self._caption(record.instance_captions[k], epoch)) for k in seen]
+        named = [not blank(self._caption(record.instance_captions[k], epoch)) for k in seen]
         return seen[np.array(named, bool)]
 
     def _label(self, record: Record) -> int:
@@ -297,9 +296,15 @@ class GroupBuilder:
             return sentence_for_epoch(captions, epoch)
         return " ".join(caption.strip() for caption in captions)
 
-    def _tokenize(self, out: np.ndarray, text: str) -> None:
-        if self.tokenizer is not None:
-            out[...] = self.tokenizer.encode(text, self.length)
+    def _tokenize(self, out: np.ndarray, text: str) -> int:
+        """Writes the tokens of a text, and returns the hash of what the model reads of it.
+
+        Texts that differ in capitals alone, or beyond the length, are one text to the model.
+        """
+        if self.tokenizer is None:
+            return text_hash(text)
+        out[...] = self.tokenizer.encode(text, self.length)
+        return hash32(out.tobytes())
 
 
 def _of_group(batch: Batch, index: int) -> dict[str, np.ndarray]:

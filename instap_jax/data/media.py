@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import math
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,8 +17,10 @@ from pathlib import Path, PurePosixPath
 
 import av
 import numpy as np
+from av.sidedata.sidedata import Type as SideData
 from PIL import Image, ImageOps
 
+from instap_jax.data.containers import declared_size
 from instap_jax.errors import UserError
 from instap_jax.types import Kind
 
@@ -29,6 +32,10 @@ MAX_FRAMES = 1_000_000  # of one clip: nine hours at 30 frames/s
 # Of all frames of a clip together, nearly two hours of 1080p at 30 frames/s: a small file can say
 # "the same again" a million times, and each costs the time of a whole frame.
 MAX_DECODED_PIXELS = 4 * 10**11
+
+# A header's frame rate is doubted if it is off by this share of what so many frames' times say.
+_RATE_TOLERANCE = 0.1
+_TIMED_FRAMES = 5
 
 # Named, so that neither a play list (which may open other files or addresses) nor one of Pillow's
 # formats that call other programs is ever tried on a file from outside.
@@ -70,6 +77,8 @@ def probe(path: Path, kind: Kind) -> MediaInfo:
             if image.getexif().get(0x0112) in (5, 6, 7, 8) and image.format != "TIFF":
                 height, width = width, height
             return MediaInfo(1, 0.0, height, width)
+    with _reasons():
+        _check_declared_size(path)
     with _reasons(), _open_clip(path) as clip:
         first = None
         for packet in clip.packets():
@@ -81,10 +90,7 @@ def probe(path: Path, kind: Kind) -> MediaInfo:
         height, width = first.height, first.width
         if first.rotation % 180:
             height, width = width, height
-        rate = clip.stream.average_rate or clip.stream.guessed_rate or clip.stream.base_rate
-        if not rate:
-            raise MediaError("the header has no frame rate")
-        return MediaInfo(clip.shown, float(rate), height, width)
+        return MediaInfo(clip.shown, clip.rate(), height, width)
 
 
 def read_frames(
@@ -176,6 +182,11 @@ def read_image(media: Path | bytes, short_side: int | None = None) -> np.ndarray
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):  # Pillow would clip at 255 what goes up to 65,535
         image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5)
+    if image.has_transparency_data:  # on white, as web pages show it; below may lie anything
+        layer = image.convert("RGBA")
+        image, info = Image.new("RGB", image.size, "white"), image.info
+        image.paste(layer, mask=layer.getchannel("A"))
+        image.info = dict(info)  # with the orientation
     return image.convert("RGB")
 
 
@@ -264,6 +275,7 @@ class _Clip:
     def __init__(self, container, stream):
         self._container, self.stream = container, stream
         self.shown = 0  # frames that the packets read so far promise
+        self._times: list[int | None] = []  # of those
         self._cut = False
 
     def packets(self) -> Iterator[av.Packet]:
@@ -277,7 +289,9 @@ class _Clip:
             if packet.stream is not self.stream or not packet.size:
                 continue
             read += 1
-            self.shown += not packet.is_discard
+            if not packet.is_discard:
+                self.shown += 1
+                self._times.append(packet.dts if packet.pts is None else packet.pts)
             _check_length(self.shown, self.stream)
             yield packet
         # Fewer packets than the header says is also what an edit list that drops the end looks
@@ -305,7 +319,33 @@ class _Clip:
     def check_whole(self, count: int) -> None:
         """Raises MediaError if the file was cut off, having given `count` frames."""
         if self._cut:
-            raise MediaError(f"truncated: header says {self.stream.frames} frames, {count} decode")
+            promised = self.stream.frames
+            what = f"header says {promised} frames, {count} decode" if promised else "cut off"
+            raise MediaError(f"truncated: {what}")
+
+    def rate(self) -> float:
+        """Frames per second, once all packets are read.
+
+        The header's, which is exact where frames are equally long, unless the frames' times tell
+        another story: recordings of a browser or a screen have none, or 1000.
+
+        Raises:
+          MediaError: neither says.
+        """
+        header = float(self.stream.average_rate or 0)
+        measured = self._measured_rate()
+        if header and (measured is None or abs(header / measured - 1) < _RATE_TOLERANCE):
+            return header
+        rate = measured or header or float(self.stream.guessed_rate or self.stream.base_rate or 0)
+        if not rate:
+            raise MediaError("neither header nor frames tell the frame rate")
+        return rate
+
+    def _measured_rate(self) -> float | None:
+        times = self._times
+        if len(times) < _TIMED_FRAMES or None in times or max(times) == min(times):
+            return None
+        return (len(times) - 1) / float((max(times) - min(times)) * self.stream.time_base)
 
 
 @contextlib.contextmanager
@@ -353,6 +393,16 @@ def _open_still(media: Path | bytes, formats: Sequence[str] = _STILLS) -> Iterat
         yield image
 
 
+def _check_declared_size(path: Path) -> None:
+    if not path.is_file():
+        return  # `_open_clip` says it better
+    with path.open("rb") as file:
+        declared = declared_size(file)
+        size = file.seek(0, io.SEEK_END)
+    if declared is not None and size < declared:
+        raise MediaError(f"truncated: {size} of {declared} bytes")
+
+
 def _check_size(height: int, width: int, pixels: int) -> None:
     if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE) or height * width > pixels:
         raise MediaError(
@@ -376,9 +426,18 @@ def _to_array(frame: av.VideoFrame, short_side: int | None) -> np.ndarray:
     if short_side is not None:
         width, height = _scaled(width, height, short_side)
     array = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")
-    if frame.rotation:
-        array = np.ascontiguousarray(np.rot90(array, round(frame.rotation / 90)))
-    return array
+    return np.ascontiguousarray(_upright(array, frame))
+
+
+def _upright(array: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
+    """Turns and mirrors a frame as its display matrix says."""
+    side = frame.side_data.get(SideData.DISPLAYMATRIX)
+    if side is None:
+        return array
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(side))
+    if a * d - b * c < 0:  # front cameras; what is left after the flip is a rotation
+        array = array[::-1]
+    return np.rot90(array, round(-math.degrees(math.atan2(b, a)) / 90))
 
 
 def _scaled(width: int, height: int, short_side: int) -> tuple[int, int]:

@@ -146,29 +146,28 @@ def _mixed_samples(
     return grain.MapDataset.mix(streams, [corpus.weight for corpus in corpora])
 
 
-@dataclasses.dataclass(frozen=True)
 class _Turns:
     """Maps a turn of a corpus's endless stream to a record; `seed` None: in record order."""
 
-    corpus: int
-    length: int
-    seed: int | None
+    def __init__(self, *, corpus: int, length: int, seed: int | None):
+        self._corpus, self._length, self._seed = corpus, length, seed
+        # Each corpus keeps its own, whatever the number of corpora; two of them, because one batch
+        # may hold the end of an epoch and the beginning of the next.
+        self._order = functools.lru_cache(maxsize=2)(self._shuffled)
 
     def __call__(self, turn: int, record: int) -> SampleRef:
-        epoch = turn // self.length
-        if self.seed is not None:
-            record = _order(self.seed, self.corpus, epoch, self.length)[record]
-        return SampleRef(corpus=self.corpus, record=int(record), epoch=epoch, turn=turn)
+        epoch = turn // self._length
+        if self._seed is not None:
+            record = self._order(epoch)[record]
+        return SampleRef(corpus=self._corpus, record=int(record), epoch=epoch, turn=turn)
 
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        """Returns the order of the records in an epoch: 4 bytes each, in the main process.
 
-@functools.lru_cache(maxsize=32)
-def _order(seed: int, corpus: int, epoch: int, length: int) -> np.ndarray:
-    """Returns the order of the records in an epoch: 4 bytes each, in the main process.
-
-    grain's own shuffle needs no memory, but milliseconds for each sample of a small corpus.
-    """
-    rng = np.random.default_rng([seed, _SHUFFLE, corpus, epoch])
-    return rng.permutation(np.arange(length, dtype=np.uint32))
+        grain's own shuffle needs no memory, but milliseconds for each sample of a small corpus.
+        """
+        rng = np.random.default_rng([self._seed, _SHUFFLE, self._corpus, epoch])
+        return rng.permutation(np.arange(self._length, dtype=np.uint32))
 
 
 class Loader:

@@ -1,5 +1,6 @@
 """Choices of the input pipeline that are pure functions: frames of a clip, instances of a group."""
 
+import bisect
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,7 +42,8 @@ def share_budget(counts: Sequence[int], budget: int, rng: np.random.Generator) -
     counts = np.asarray(counts, np.int64)
     if counts.sum() <= budget:
         return counts
-    level = int(np.searchsorted([_kept(counts, k) for k in range(1, counts.max() + 1)], budget + 1))
+    levels = range(1, int(counts.max()) + 1)
+    level = bisect.bisect_right(levels, budget, key=lambda k: np.minimum(counts, k).sum())
     kept = np.minimum(counts, level)
     more = np.flatnonzero(counts > level)
     kept[rng.permutation(more)[: budget - kept.sum()]] += 1
@@ -64,7 +66,3 @@ def choose_instances(
         np.arange(count) if keep == count else np.sort(rng.permutation(count)[:keep])
         for count, keep in zip(counts, kept, strict=True)
     ]
-
-
-def _kept(counts: np.ndarray, level: int) -> int:
-    return int(np.minimum(counts, level).sum())

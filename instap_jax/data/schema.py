@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 
+from instap_jax.data.captions import blank
 from instap_jax.data.media import MediaInfo
 from instap_jax.errors import UserError
 from instap_jax.types import Instance, Kind, Sample
@@ -82,8 +83,8 @@ def parse_line(raw: bytes, where: str, number: int) -> Sample:
     try:
         text = raw.decode("utf-8")
         value = json.loads(text)
-        if "\\u" in text:  # the escape of half a surrogate pair is JSON, but no character
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        if "\\u" in text:
+            value = _whole_characters(value)
     except UnicodeError as error:
         raise UserError(f"{where}: not UTF-8 text: {error.reason}") from error
     except json.JSONDecodeError as error:
@@ -94,6 +95,15 @@ def parse_line(raw: bytes, where: str, number: int) -> Sample:
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected a JSON object, got {_shown(value)}")
     return _sample(_Object(value, where, ""), number)
+
+
+def _whole_characters(value: Any) -> Any:
+    """Puts U+FFFD for halves of surrogate pairs: JSON can escape them, but they are no characters.
+
+    Whoever cuts a caption in UTF-16 may leave half an emoji, which says nothing anyway.
+    """
+    text = json.dumps(value, ensure_ascii=False)
+    return json.loads(text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"))
 
 
 def check_sample(sample: Sample, info: MediaInfo) -> list[str]:
@@ -136,7 +146,9 @@ def boxes_on_grid(
     """Puts the boxes of all instances on a grid of frames.
 
     Between listed frames a box is interpolated linearly. Before the first, after the last and in
-    `absent` intervals the instance is not in the picture; there the nearest box is held.
+    `absent` intervals the instance is not in the picture; there the nearest box is held. One that
+    is only seen between two frames of the grid counts as present at the nearest of them, as boxes
+    of key frames would otherwise be lost.
 
     Args:
       frame_index: int32 [f], frame indices in the clip.
@@ -148,7 +160,8 @@ def boxes_on_grid(
     Raises:
       SampleFault: an instance has no boxes, or its frames do not increase.
     """
-    count, length = len(sample.instances), len(frame_index)
+    grid = np.asarray(frame_index, np.int64)
+    count, length = len(sample.instances), len(grid)
     boxes = np.zeros((count, length, 4), np.float32)
     present = np.zeros((count, length), bool)
     side = (1, 1, 1, 1) if sample.unit_boxes else (info.width, info.height) * 2
@@ -156,7 +169,9 @@ def boxes_on_grid(
         frames = instance.frames.astype(np.int64)
         if not len(frames) or (np.diff(frames) <= 0).any():
             raise SampleFault(f"instance {instance.id!r}: frames are missing or do not increase")
-        query, present[row] = _nearest_visible(instance, np.asarray(frame_index, np.int64))
+        query, present[row] = _nearest_visible(instance, grid)
+        if length and not present[row].any():
+            present[row, np.abs(query - grid).argmin()] = True
         for column in range(4):
             boxes[row, :, column] = np.interp(query, frames, instance.boxes[:, column])
     return np.clip(boxes / np.float32(side), 0, 1, dtype=np.float32), present
@@ -243,7 +258,7 @@ class _Object:
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, list) or not all(isinstance(text, str) for text in values):
             self.fail(key, f"expected a string or a list of strings, got {_shown(value)}")
-        return tuple(text for text in values if text.strip())
+        return tuple(text for text in values if not blank(text))
 
     def items(self, key: str) -> list[Any]:
         value = self.get(key)

@@ -89,11 +89,13 @@ class Task:
 def sampling_grid(frames: int, fps: float, rate: float | None) -> np.ndarray:
     """Frame indices of a clip at `rate` frames per second: int32 [f], f >= 1, from frame 0.
 
-    Frame j of the grid is the one on screen at time j / rate. Never above the native rate: then,
-    or where `rate` is None, every frame is taken. Frame 0 is always in, however short the clip.
+    Frame j of the grid is the one on screen at time j / rate of a clip whose frames are equally
+    long; of another, `fps` is the mean. Never above the native rate: then, or where `rate` is None,
+    every frame is taken. Frame 0 is always in, however short the clip.
     """
     step = 1.0 if rate is None else max(1.0, fps / rate)
-    index = np.floor(np.arange(int(frames / step) + 1) * step).astype(np.int32)
+    # The margin: 1001 steps of 2.4975 are 2500 frames, and floating point says a little less.
+    index = np.floor(np.arange(int(frames / step) + 1) * step + 1e-6).astype(np.int32)
     return index[index < frames]
 
 

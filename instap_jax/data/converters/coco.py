@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from instap_jax.data.captions import blank
 from instap_jax.data.converters.reading import (
     Request,
     categories_caption,
@@ -75,7 +76,8 @@ def _captions(path: Path | None) -> dict[Any, list[str]]:
         for index, item in enumerate(field(load_json(path, dict), "annotations", list, str(path))):
             place = f"{path}: annotations[{index}]"
             text = " ".join(field(item, "caption", str, place).split())
-            captions[field(item, "image_id", (int, str), place)].append(text)
+            image = field(item, "image_id", (int, str), place)
+            captions[image] += [] if blank(text) else [text]
     return captions
 
 

@@ -44,9 +44,13 @@ def _listed(lines: list[str], request: Request) -> Iterator[tuple[str, str, str]
         if not line.strip():
             continue
         where = f"{request.input}:{number}"
-        parts = line.rsplit("," if "," in line else None, 1)
+        # A label of several words cannot be told from a path with spaces, but by a comma.
+        parts = line.rsplit(",", 1) if "," in line else line.split()
         if len(parts) != 2:
-            raise UserError(f"{where}: expected 'path,label' or 'path label', got {line[:60]!r}")
+            raise UserError(
+                f"{where}: expected 'path,label', or 'path label' without further spaces, got "
+                f"{line[:60]!r}"
+            )
         yield where, relative_path(parts[0].strip(), request, where), parts[1].strip()
 
 

@@ -8,6 +8,7 @@ import collections
 from collections.abc import Iterator
 from typing import Any
 
+from instap_jax.data.captions import blank
 from instap_jax.data.converters.reading import Request, field, load_json, relative_path
 
 
@@ -19,7 +20,7 @@ def convert(request: Request) -> Iterator[dict[str, Any]]:
         kind = "video" if isinstance(item, dict) and "video" in item else "image"
         path = relative_path(field(item, kind, str, where), request, where)
         texts = field(item, "caption", (str, list), where)
-        if not texts or (isinstance(texts, str) and not texts.strip()):
+        if all(map(blank, [texts] if isinstance(texts, str) else map(str, texts))):
             request.left_out["entries without caption"] += 1
             continue
         seen[path] += 1
