@@ -9,6 +9,7 @@ import transformers
 from ml_collections import ConfigDict
 
 from instap_jax import main
+from instap_jax.commands.tokenizer import _captions
 from instap_jax.data.tokenizer import (
     SentencePieceTokenizer,
     check_vocab_size,
@@ -170,6 +171,20 @@ def annotations(tmp_path):
     path = tmp_path / "annotations.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
     return path
+
+
+def test_of_too_many_captions_some_are_drawn_evenly(tmp_path):
+    path = tmp_path / "many.jsonl"
+    line = {"media": "a.jpg", "kind": "image"}
+    lines = [json.dumps(line | {"id": str(i), "caption": f"word {i}"}) for i in range(1000)]
+    path.write_text("\n".join(lines))
+    drawn, found = _captions(path, "train", 200)
+    assert found == 1000 and len(set(drawn)) == 200
+    numbers = np.array([int(text.split()[1]) for text in drawn])
+    # The mean of 200 of 0 to 999 is 499.5 with a standard deviation of 18; the first 200: 99.5.
+    assert abs(numbers.mean() - 499.5) < 72
+    assert drawn == _captions(path, "train", 200)[0]
+    assert _captions(path, "train", 1000) == ([f"word {i}" for i in range(1000)], 1000)
 
 
 def test_command_trains_on_all_captions_of_a_split(annotations, tmp_path, capsys):

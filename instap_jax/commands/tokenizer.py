@@ -1,6 +1,7 @@
 """`instap tokenizer`: trains a sentencepiece vocabulary on an annotation file."""
 
 import os
+import random
 from pathlib import Path
 
 from absl import flags
@@ -21,6 +22,12 @@ def define_flags(values: flags.FlagValues) -> None:
         "vocab_size", None, "Pieces wanted; a small corpus gives fewer.", required=True,
         lower_bound=6, flag_values=values,
     )  # fmt: skip
+    flags.DEFINE_integer(
+        "max_captions", 2_000_000,
+        "Captions to train on; of more, so many are drawn, the same ones each time. Training takes "
+        "20 bytes of memory for each character.",
+        lower_bound=1, flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_string("split", "train", "Split whose captions are read.", flag_values=values)
 
 
@@ -30,8 +37,9 @@ def run(values: flags.FlagValues) -> None:
         raise UserError(f"--out={out} exists; name another file or remove it")
     if not out.parent.is_dir():
         raise UserError(f"--out={out}: {out.parent} is not a directory; make it first")
-    texts = _captions(Path(values.annotations), values.split)
-    print(f"training on {len(texts)} captions", flush=True)
+    texts, found = _captions(Path(values.annotations), values.split, values.max_captions)
+    drawn = f", drawn from {found}" if found > len(texts) else ""
+    print(f"training on {len(texts)} captions{drawn}", flush=True)
     data = train_sentencepiece(texts, values.vocab_size)
     tokenizer = SentencePieceTokenizer(data)
     aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
@@ -47,22 +55,31 @@ def run(values: flags.FlagValues) -> None:
     print(f"wrote {out}: {tokenizer.vocab_size} pieces (text.vocab_size must be at least that)")
 
 
-def _captions(annotations: Path, split: str) -> list[str]:
-    """Returns all captions of a split, global and of instances, in file order."""
+def _captions(annotations: Path, split: str, limit: int) -> tuple[list[str], int]:
+    """Captions of a split, global and of instances, and how many it has.
+
+    All of them in file order; where they are more than `limit`, so many drawn evenly (a reservoir:
+    the file may be larger than the memory).
+    """
     texts: list[str] = []
-    splits = set()
+    found, splits = 0, set()
+    draw = random.Random(0)
     # Hyphens become underscores in split names, as everywhere behind the annotation file.
     wanted = split.replace("-", "_")
     with Progress("read captions", unit="lines") as progress:
         for sample in read_annotations(annotations):
             splits.add(sample.split)
-            if sample.split == wanted:
-                texts += _of_sample(sample)
+            for text in _of_sample(sample) if sample.split == wanted else ():
+                found += 1
+                if len(texts) < limit:
+                    texts.append(text)
+                elif (place := draw.randrange(found)) < limit:
+                    texts[place] = text
             progress.update()
     if not texts:
-        found = ", ".join(sorted(splits))
-        raise UserError(f"{annotations} has no captions of split {split!r}; its splits: {found}")
-    return texts
+        names = ", ".join(sorted(splits))
+        raise UserError(f"{annotations} has no captions of split {split!r}; its splits: {names}")
+    return texts, found
 
 
 def _of_sample(sample: Sample) -> list[str]:
