@@ -27,7 +27,7 @@ def test_questions_differ_in_one_fact_and_hold_the_true_one_once():
     found = {question.about: question for question in questions_of([{}, LABEL])}
     sizes = {about: len(question.facts) for about, question in found.items()}
     assert sizes == {
-        "size": 3, "colour": 10, "shape": 10, "translation": 8, "speed": 2, "relation": 4,
+        "size": 3, "colour": 10, "shape": 10, "translation": 8, "speed": 2, "relation": 2,
         "position": 4, "in-place motion": 3, "relative size": 2,
     }  # fmt: skip
     assert all(question.row == 1 for question in found.values())

@@ -1,7 +1,7 @@
 """Task 'choice': which of several sentences, alike but for one fact, fits an instance.
 
-"It is to the left of the red ring", "... right of ...", "... above ...", "... below ...": the one
-whose embedding is most similar to the instance's is its choice. Nothing is fitted, all sentences
+"It is slowly moving up", "... down", "... to the left" and so on: the one whose embedding is most
+similar to the instance's is its choice. Nothing is fitted, all sentences
 are equally likely by their wording, and chance is one in their number, so this measures what an
 instance's embedding holds of each kind of fact in the very space that retrieval ranks in. Facts
 come from the embedded set's ground truth (`attributes.facts`), sentences from its language.
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from instap_jax.data.synthetic.facts import SIDES, Fact
+from instap_jax.data.synthetic.facts import Fact
 from instap_jax.data.synthetic.language import say
 from instap_jax.data.synthetic.scene import COLOURS, DIRECTIONS, INPLACE, SHAPES, SIZES, TEXTURES
 from instap_jax.errors import UserError
@@ -28,6 +28,12 @@ WORDINGS = 4
 
 _CORNERS = ("upper left", "upper right", "lower left", "lower right")
 _OPPOSITE = (_CORNERS, ("left", "right"), ("top", "bottom"))
+# What lies to the left may lie a little higher too: only the opposite side is plainly false.
+_OPPOSITE_RELATIONS = (
+    ("relation", ("left_of", "right_of")),
+    ("relation", ("above", "below")),
+    ("relative size", ("larger", "smaller")),
+)
 _LOOK = {
     "size": (0, tuple(SIZES)),
     "texture": (1, tuple(name for name in TEXTURES if name != "plain")),
@@ -159,11 +165,9 @@ def _alternatives(fact: Fact) -> Iterator[tuple[str, tuple[Fact, ...]]]:
         for zones in _OPPOSITE:
             if zone in zones:
                 yield "position", facts([(when, name) for name in zones])
-    elif fact.kind in SIDES:
-        yield "relation", tuple(dataclasses.replace(fact, kind=kind) for kind in SIDES)
-    elif fact.kind in ("larger", "smaller"):
-        both = ("larger", "smaller")
-        yield "relative size", tuple(dataclasses.replace(fact, kind=kind) for kind in both)
+    for about, kinds in _OPPOSITE_RELATIONS:
+        if fact.kind in kinds:
+            yield about, tuple(dataclasses.replace(fact, kind=kind) for kind in kinds)
 
 
 def _result(answers: list[tuple[bool, float]]) -> ChoiceResult:
