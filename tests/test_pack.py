@@ -297,6 +297,11 @@ def test_too_many_open_files_are_no_fault_of_the_data(many_shards):
 # --- the same bytes, whatever happens ------------------------------------------------------------
 
 
+def test_more_shards_than_wait_for_the_workers_at_once(many_shards, root, tmp_path):
+    lines = [image_line(f"{i}") for i in range(12)]  # 8 wait
+    assert tree(pack(tmp_path, root, lines, shard_size=1, processes=2)) == tree(many_shards)
+
+
 def test_processes_do_not_change_the_bytes(packed, root, tmp_path):
     assert tree(pack(tmp_path, root, LINES, processes=2)) == tree(packed)
     other = pack(tmp_path, root, LINES, out="other", seed=1)

@@ -1,5 +1,6 @@
 """Shards in parallel: a pool of processes that can be stopped and that never outlives its owner."""
 
+import itertools
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent import futures
@@ -72,11 +73,12 @@ def write_shards(
             yield task, write_shard(task, lambda line: progress.update(bool(line)))
         return
     context = multiprocessing.get_context("spawn")
-    link = _Link(context, processes)
+    link, waiting = _Link(context, processes), iter(tasks)
     pool = futures.ProcessPoolExecutor(processes, context, initializer=_enter, initargs=(link,))
     try:
         with interrupts_held():  # the processes start here
-            pending = {pool.submit(_work, task): task for task in tasks}
+            # A few at a time: waiting for tens of thousands takes a good part of a core.
+            pending = {pool.submit(_work, t): t for t in itertools.islice(waiting, 4 * processes)}
         shown = 0
         while pending:
             finished, _ = futures.wait(pending, 0.2, futures.FIRST_COMPLETED)
@@ -85,6 +87,7 @@ def write_shards(
                 progress.update(begun - shown)
             shown = begun
             for future in finished:
+                pending |= {pool.submit(_work, task): task for task in itertools.islice(waiting, 1)}
                 yield pending.pop(future), future.result()
     except futures.process.BrokenProcessPool as error:
         lines = ", ".join(str(line) for line in sorted(link.lines) if line)
