@@ -142,6 +142,9 @@ PATHS = (
     "compute.cache_dir",
 )
 
+# What a run calls its copy of the tokenizer's file, by `tokenizer.kind`.
+TOKENIZER_FILES = {"sentencepiece": "tokenizer.model", "wordpiece": "vocab.txt"}
+
 # What may differ when a run goes on: it changes speed, output or length, not the result of a step.
 MAY_CHANGE = (
     "stop_at",
@@ -453,15 +456,44 @@ def record(loaded: LoadedConfig, workdir: Path) -> None:
         "changed": {k: [base[k], flat[k]] for k in sorted(flat) if flat[k] != base[k]},
         "config": resolved,
     }
-    aside = workdir / _ASIDE
+    _write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def keep_tokenizer(config: ConfigDict, workdir: Path) -> None:
+    """Copies the tokenizer's file beside `config.json`: `read` finds it there once the run is
+    moved. The copy of a run with a checkpoint stays, being what that was trained with.
+
+    Raises:
+      UserError: the file cannot be read, or the copy not be written.
+    """
+    if not config.tokenizer.path:
+        return
+    copy = workdir / TOKENIZER_FILES[config.tokenizer.kind]
+    if copy.exists() and _has_checkpoint(workdir):
+        return
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(content, indent=2) + "\n")
+        content = Path(config.tokenizer.path).read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"cannot read tokenizer.path {config.tokenizer.path!r}: {error.strerror}"
+        ) from error
+    _write_whole(copy, content)
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    aside = path.with_name(f"{path.stem}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_bytes(content)
         os.replace(aside, path)
     except OSError as error:
         with contextlib.suppress(OSError):
             aside.unlink()
         raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _has_checkpoint(workdir: Path) -> bool:
+    return any((workdir / "checkpoints").glob("[0-9]*"))
 
 
 def check_workdir(config: ConfigDict, workdir: Path) -> None:
@@ -472,7 +504,7 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
     """
     path = workdir / "config.json"
     try:
-        if any((workdir / "checkpoints").glob("[0-9]*")):
+        if _has_checkpoint(workdir):
             _check_same(path, json.loads(json.dumps(config.to_dict())))
             return
         found = {entry.name for entry in workdir.iterdir()} if workdir.exists() else set()
@@ -486,7 +518,8 @@ def read(workdir: Path) -> ConfigDict:
     """The resolved configuration of a run.
 
     A field that the record lacks is younger than the run and has its default: a new field's
-    default is, by rule, what the code did before.
+    default is, by rule, what the code did before. A tokenizer that is no longer where the record
+    says is the run's own copy of it (`keep_tokenizer`).
 
     Raises:
       UserError: when there is none, or it has a key that this version does not know.
@@ -506,6 +539,10 @@ def read(workdir: Path) -> ConfigDict:
         check(config)
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: {error}") from error
+    tokenizer = config.tokenizer
+    copy = workdir / TOKENIZER_FILES[tokenizer.kind]
+    if tokenizer.path and not os.path.exists(tokenizer.path) and copy.is_file():
+        tokenizer.path = str(copy.absolute())
     return config
 
 

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from instap_jax import config_check, sharding
-from instap_jax.data.tokenizer import load_tokenizer
+from instap_jax.data.tokenizer import Tokenizer
 from instap_jax.errors import UserError
 from instap_jax.evaluation import aligned
 from instap_jax.evaluation.encoder import load_model
@@ -58,11 +58,11 @@ def load(path: str | Path, *, dtype: str | None = None, batch_size: int = 32) ->
         raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
     config.compute.dtype = dtype or config.compute.dtype
     step, meta = checkpoint.read_meta(str(workdir))
-    inputs.check_tokenizer(config, meta, str(workdir))
+    tokenizer = inputs.run_tokenizer(config, meta, str(workdir))
     mesh = sharding.mesh_of_all()
     create = OBJECTIVES["align"].create
     graphdef, params = load_model(config, create, str(workdir), mesh, step=step)
-    return Model(config, mesh, graphdef, params, step=step, batch_size=batch_size)
+    return Model(config, mesh, graphdef, params, tokenizer, step=step, batch_size=batch_size)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -90,6 +90,7 @@ class Model:
         mesh: Mesh,
         graphdef: nnx.GraphDef,
         params: nnx.State,
+        tokenizer: Tokenizer,
         *,
         step: int,
         batch_size: int,
@@ -98,7 +99,7 @@ class Model:
         self._mesh, self._params = mesh, params
         self._shards = sharding.data_shards(mesh)
         self.batch_size = max(batch_size, self._shards)
-        self._tokenizer = load_tokenizer(config.tokenizer)
+        self._tokenizer = tokenizer
         self._nothing = np.zeros((0, config.align.projection), np.float32)
         self._no_text = np.zeros(config.tokenizer.length, np.int32)
 

@@ -39,6 +39,10 @@ def train_joined(loaded: config_check.LoadedConfig, workdir: Path, stop: StopReq
     from instap_jax.evaluation.validation import make_validate
     from instap_jax.train.loop import train
 
-    distributed.first(lambda: config_check.record(loaded, workdir))
+    def prepare() -> None:
+        config_check.record(loaded, workdir)
+        config_check.keep_tokenizer(loaded.config, workdir)
+
+    distributed.first(prepare)
     distributed.check_shared(workdir / "config.json")
     train(loaded.config, workdir, stop, make_validate)

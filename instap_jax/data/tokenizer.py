@@ -166,13 +166,23 @@ def load_tokenizer(tokenizer_config: ConfigDict) -> Tokenizer:
         raise UserError(f"tokenizer.path {path!r} is no {kind} vocabulary: {error}") from error
 
 
-def check_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises UserError where the text encoder has fewer embeddings than the tokenizer has ids."""
-    if vocab_size < tokenizer.vocab_size:
+def check_vocab_size(tokenizer: Tokenizer, vocab_size: int, *, weights: str = "") -> None:
+    """Raises UserError where the text encoder has fewer embeddings than the tokenizer has ids.
+
+    Args:
+      weights: where the embeddings are, whose number is given; '' for a model yet to be trained.
+    """
+    if vocab_size >= tokenizer.vocab_size:
+        return
+    if weights:
         raise UserError(
-            f"text.vocab_size is {vocab_size}, but the tokenizer has {tokenizer.vocab_size} ids; "
-            f"set text.vocab_size to at least {tokenizer.vocab_size}"
+            f"{weights} embeds {vocab_size} tokens, but the tokenizer has {tokenizer.vocab_size} "
+            "ids; take the vocabulary that belongs to these weights"
         )
+    raise UserError(
+        f"text.vocab_size is {vocab_size}, but the tokenizer has {tokenizer.vocab_size} ids; "
+        f"set text.vocab_size to at least {tokenizer.vocab_size}"
+    )
 
 
 def check_ids(tokenizer: Tokenizer, config: ConfigDict) -> None:

@@ -244,6 +244,8 @@ def load_encoder(
     config = config_check.read(workdir)
     step, meta = checkpoint.read_meta(str(workdir), which=which)
     inputs.check_same(config, meta, str(workdir))
+    if config.stage == "align":  # another converted stage may do without texts
+        inputs.run_tokenizer(config, meta, str(workdir))
     create = OBJECTIVES[config.stage].create
     if random_weights:
         graphdef, params = _random_model(config, create, mesh)

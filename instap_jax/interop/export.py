@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 
 from instap_jax import config_check
 from instap_jax.aside import written_aside
-from instap_jax.data.tokenizer import load_tokenizer
 from instap_jax.errors import UserError
 from instap_jax.interop import instap, keys, umt
 from instap_jax.interop.report import Entry, Fate, as_json, totals
@@ -59,7 +58,7 @@ def export(workdir: Path, out: Path, *, layout: str) -> list[Entry]:
     step, meta = checkpoint.read_meta(str(workdir))
     inputs.check_tokenizer(config, meta, str(workdir))
     if layout == "torch":
-        load_tokenizer(config.tokenizer)  # a converted run may have none yet
+        inputs.run_tokenizer(config, meta, str(workdir))  # a converted run may have none
     stored = checkpoint.StoredParams(str(workdir))
     create = functools.partial(OBJECTIVES["align"].create, config)
     stored.check(nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))))[1])
@@ -68,7 +67,7 @@ def export(workdir: Path, out: Path, *, layout: str) -> list[Entry]:
         if layout == "torch":
             _write_json(aside / "config.json", describe(config, step))
             shutil.copyfile(Path(__file__).with_name(MODULE), aside / MODULE)
-            name = instap.TOKENIZER_FILES[config.tokenizer.kind]
+            name = config_check.TOKENIZER_FILES[config.tokenizer.kind]
             shutil.copyfile(config.tokenizer.path, aside / name)
         else:
             _write_json(aside / umt.DESCRIPTION, {"trained": _trained(config, step)})
@@ -90,7 +89,7 @@ def describe(config: ConfigDict, step: int) -> dict:
     mean, deviation = preprocess.IMAGENET
     tokenizer = {
         "kind": config.tokenizer.kind,
-        "file": instap.TOKENIZER_FILES[config.tokenizer.kind],
+        "file": config_check.TOKENIZER_FILES[config.tokenizer.kind],
         "length": config.tokenizer.length,
     }
     return {

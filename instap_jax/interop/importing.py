@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 import instap_jax
 from instap_jax import config_check
 from instap_jax.config_check import LoadedConfig
-from instap_jax.data.tokenizer import load_tokenizer
+from instap_jax.data.tokenizer import check_vocab_size, load_tokenizer
 from instap_jax.errors import UserError
 from instap_jax.interop import bert, clip, instap, reading, umt
 from instap_jax.interop.keys import Row, Shape, leaves
@@ -36,9 +36,9 @@ KINDS: dict[str, Callable[[Weights, ConfigDict | None], Plan]] = {
     "torch": instap.plan,
 }
 REPORT = "convert_report.json"
-UNKNOWN_VOCABULARY = (
-    "the vocabulary: no tokenizer file lies beside the weights, and --config.tokenizer.path names "
-    "none; it is not checked"
+NO_VOCABULARY = (
+    "the vocabulary, without which no text can be read (evaluate, load, --to=torch): put that of "
+    "the weights (BERT's vocab.txt) beside the file and convert again"
 )
 
 
@@ -63,7 +63,8 @@ def convert(kind: str, source: Path, output: Path, loaded: LoadedConfig | None) 
     plan = KINDS[kind](weights, loaded.config if loaded else None)
     ignored = _check_names(plan, weights)
     state, entries = _fill(plan, weights)
-    vocabulary = _vocabulary(plan.config, file.parent)
+    if plan.config.stage == "align":
+        _name_vocabulary(plan.config, file)
     unknown = plan.config.stage == "align" and not plan.config.tokenizer.path
     report = Report(
         source=str(file.absolute()),
@@ -71,11 +72,12 @@ def convert(kind: str, source: Path, output: Path, loaded: LoadedConfig | None) 
         kind=plan.kind,
         stage=plan.config.stage,
         sizes=dict(plan.sizes),
-        assumed=plan.assumed + (UNKNOWN_VOCABULARY,) * unknown,
+        assumed=plan.assumed,
+        missing=(NO_VOCABULARY,) * unknown,
         beside=weights.beside,
         entries=(*entries, *ignored),
     )
-    _write(plan, report, state, output, vocabulary, loaded)
+    _write(plan, report, state, output, loaded)
     return report
 
 
@@ -219,18 +221,18 @@ def _write(
     report: Report,
     state: nnx.State,
     output: Path,
-    vocabulary: Path | None,
     loaded: LoadedConfig | None,
 ) -> None:
     """Writes aside, then renames.
 
     Raises:
-      UserError: when storage fails, or the vocabulary is none.
+      UserError: when storage fails.
     """
     config = plan.config
-    known = inputs.identify(config)
+    known, vocabulary = inputs.identify(config), config.tokenizer.path
+    name = config_check.TOKENIZER_FILES[config.tokenizer.kind]
     if vocabulary:
-        config.tokenizer.path = str(output.absolute() / vocabulary.name)
+        config.tokenizer.path = str(output.absolute() / name)
     meta = {
         "stage": config.stage,
         "config": config.to_dict(),
@@ -248,26 +250,39 @@ def _write(
             config_check.record(LoadedConfig(config=config, file=file, overrides=overrides), aside)
             checkpoint.write_params(str(aside), state, meta=meta)
             if vocabulary:
-                shutil.copyfile(vocabulary, aside / vocabulary.name)
+                shutil.copyfile(vocabulary, aside / name)
             report.write(aside / REPORT)
             os.rename(aside, output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _vocabulary(config: ConfigDict, folder: Path) -> Path | None:
-    """The tokenizer's file beside the weights, which the configuration then names.
+def _name_vocabulary(config: ConfigDict, weights: Path) -> None:
+    """Makes the configuration name the tokenizer's file beside the weights, where there is one.
 
     Raises:
-      UserError: when it is damaged.
+      UserError: it is damaged, has more ids than the weights have embeddings, or is another than
+        the one that the configuration names.
     """
-    for kind, name in instap.TOKENIZER_FILES.items():
-        if config.stage == "align" and (folder / name).is_file():
-            config.tokenizer.update(kind=kind, path=str(folder / name))
-            words = load_tokenizer(config.tokenizer)
-            config.tokenizer.update(cls_id=words.cls_id, mask_id=words.mask_id)
-            return folder / name
-    return None
+    tokenizer = config.tokenizer
+    given = load_tokenizer(tokenizer) if tokenizer.path else None
+    words = given
+    for kind, name in config_check.TOKENIZER_FILES.items():
+        beside = weights.with_name(name)
+        if not beside.is_file():
+            continue
+        named = tokenizer.path
+        tokenizer.update(kind=kind, path=str(beside))
+        words = load_tokenizer(tokenizer)
+        if given and given.fingerprint() != words.fingerprint():
+            raise UserError(
+                f"{beside} is another vocabulary than tokenizer.path={named}; take away the one "
+                "that does not belong to the weights"
+            )
+        break
+    if words:
+        check_vocab_size(words, config.text.vocab_size, weights=str(weights))
+        tokenizer.update(cls_id=words.cls_id, mask_id=words.mask_id)
 
 
 @contextlib.contextmanager

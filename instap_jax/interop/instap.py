@@ -27,7 +27,6 @@ from instap_jax.train.objectives import OBJECTIVES
 from instap_jax.train.objectives.align import INSTANCE_TERMS
 
 FORMAT = "instap-torch-1"  # of config.json; `torch_model.FORMAT`
-TOKENIZER_FILES = {"sentencepiece": "tokenizer.model", "wordpiece": "vocab.txt"}
 
 # Every field of the sections that describe the model. FORWARD: what it computes depends on these,
 # and torch_model.py reads them. TRAINING: it does not. A field in neither is one that this export

@@ -44,6 +44,7 @@ class Report:
     stage: of the directory written.
     sizes: configuration fields that the file determined, with their values.
     assumed: what the file does not say, and was taken for granted.
+    missing: what the directory lacks, and how to mend that.
     beside: what else the file held, that is not weights.
     """
 
@@ -53,6 +54,7 @@ class Report:
     stage: str
     sizes: dict[str, Any]
     assumed: tuple[str, ...]
+    missing: tuple[str, ...]
     beside: tuple[str, ...]
     entries: tuple[Entry, ...]
 
@@ -65,6 +67,7 @@ class Report:
         lines = [f"{self.kind} -> stage {self.stage!r}", *table(self.entries)]
         lines += [f"from the file: {', '.join(f'{k}={v}' for k, v in self.sizes.items())}"]
         lines += [f"assumed: {what}" for what in self.assumed]
+        lines += [f"missing: {what}" for what in self.missing]
         if self.beside:
             lines.append(f"not weights: {', '.join(self.beside)}")
         return "\n".join(lines)

@@ -30,7 +30,7 @@ def initial_params(
 
     Raises:
       UserError: no run there, one of a stage that gives this one nothing, one that does not fit,
-        or two that both give `text`.
+        one whose `text` was trained with another tokenizer, or two that both give `text`.
     """
     params = dict(fresh.raw_mapping)  # plain dicts inside: one State inside another is another tree
     origins: dict[str, str] = {}
@@ -38,7 +38,10 @@ def initial_params(
         which = config.checkpoint.init_which
         # One step for all modules: the run at `source` may be training.
         step, meta = checkpoint.read_meta(source, which=which)
-        for name in _modules(config, objective, abstract, source, meta["stage"], step):
+        modules = _modules(config, objective, abstract, source, meta["stage"], step)
+        if "text" in modules:
+            _check_vocabulary(config, meta, source)
+        for name in modules:
             read = checkpoint.read_params(
                 source, abstract[name], select=(name,), step=step, which=which
             )
@@ -122,8 +125,7 @@ def _text(config: ConfigDict, abstract: nnx.State, fresh: nnx.State) -> tuple[An
             f"config.text.checkpoint={source} is no text encoder: `instap convert --from=bert` "
             "makes one; a run is taken by config.checkpoint.init_from"
         )
-    if meta["inputs"]["tokenizer"]:  # not known where no vocabulary lay beside the weights
-        inputs.check_tokenizer(config, meta, source)
+    _check_vocabulary(config, meta, source)
     left = {tuple(name.split(".")[1:]) for name in meta["fresh"]}
     places = dict(nnx.to_flat_state(abstract))
     wanted = {place: leaf for place, leaf in places.items() if place not in left}
@@ -131,6 +133,12 @@ def _text(config: ConfigDict, abstract: nnx.State, fresh: nnx.State) -> tuple[An
     merged = dict(nnx.to_flat_state(fresh)) | dict(nnx.to_flat_state(nnx.State(_plain(read))))
     count = f", {len(left)} arrays that it has not fresh" if left else ""
     return nnx.from_flat_state(merged).raw_mapping, f"from {source} ({_kind(meta)}){count}"
+
+
+def _check_vocabulary(config: ConfigDict, meta: dict[str, Any], source: str) -> None:
+    """Holds a run to the vocabulary of the text encoder that it takes, where that is known."""
+    if meta.get("inputs", {}).get("tokenizer"):  # not of weights converted without a vocabulary
+        inputs.check_tokenizer(config, meta, source)
 
 
 def _kind(meta: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from instap_jax.config_check import needs_teacher
-from instap_jax.data.tokenizer import load_tokenizer
+from instap_jax.data.tokenizer import Tokenizer, check_vocab_size, load_tokenizer
 from instap_jax.errors import UserError
 from instap_jax.train import checkpoint
 
@@ -47,6 +47,24 @@ def check_tokenizer(config: ConfigDict, meta: dict[str, Any], workdir: str) -> N
         raise UserError(
             f"{config.tokenizer.path} is not the tokenizer that {workdir} was trained with"
         )
+
+
+def run_tokenizer(config: ConfigDict, meta: dict[str, Any], workdir: str) -> Tokenizer:
+    """The tokenizer with which the run at `workdir` reads texts.
+
+    Raises:
+      UserError: it has none, it is not the one that the run was trained with, or it has more ids
+        than the run has embeddings.
+    """
+    check_tokenizer(config, meta, workdir)
+    if not config.tokenizer.path and "converted" in meta:
+        raise UserError(
+            f"{workdir} was converted without a vocabulary and can read no text: put the vocab.txt "
+            "of its BERT beside the weights, and convert them again"
+        )
+    tokenizer = load_tokenizer(config.tokenizer)
+    check_vocab_size(tokenizer, config.text.vocab_size, weights=workdir)
+    return tokenizer
 
 
 def _fingerprint(config: ConfigDict) -> str | None:
