@@ -1,11 +1,15 @@
 """What a conversion refuses, each in one line, with nothing written."""
 
 import argparse
+import hashlib
 import json
 import os
+import shutil
 import sys
+import types
 import zipfile
 
+import bert_reference
 import foreign
 import ml_dtypes
 import numpy as np
@@ -20,6 +24,7 @@ from instap_jax.errors import UserError
 from instap_jax.interop import reading
 from instap_jax.interop.importing import convert
 from instap_jax.interop.keys import Rule, resolve
+from instap_jax.train import checkpoint
 
 TABLE = "visual.positional_embedding"
 KERNEL = "visual.transformer.resblocks.1.mlp.c_fc.weight"
@@ -114,7 +119,8 @@ def test_a_pickle_with_code_is_not_run(state, tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     path = tmp_path / "in" / "clip.pt"
     torch.save(state | {"more": _Code()}, path)
-    refused(path, "not opened: it names 'posix.mkdir'", "may run code")
+    advice = "torch.save(C['model'], OTHER)"
+    refused(path, "not opened: it names 'posix.mkdir'", "may run code", advice)
     assert not trap.exists()
 
 
@@ -148,8 +154,9 @@ def test_paths_are_checked(tmp_path, state):
     refused(tmp_path / "clip.txt", "not one of *.safetensors")
     path = foreign.save(state, tmp_path / "clip.pt")
     (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="out: already exists"):
-        convert("clip", path, tmp_path / "out", None)
+    (tmp_path / "out" / "a").touch()
+    with pytest.raises(UserError, match="out: exists and is not an empty directory"):
+        convert("clip", path, tmp_path / "out", given(clip_config(98)))
 
 
 def test_torch_is_needed_for_its_own_files_only(state, tmp_path, monkeypatch):
@@ -174,6 +181,78 @@ def test_half_precision_and_training_arguments_are_read(tmp_path):
         weights = reading.open_weights(tmp_path / "a.pt")
         assert weights.beside == ("args",)
         np.testing.assert_array_equal(weights.read("a"), content["model"]["a"].float())
+
+
+def test_umts_training_checkpoints_are_read_without_its_code(tmp_path, monkeypatch):
+    """`multi_modality/tasks/pretrain.py` saves its arguments as `utils.easydict.EasyDict`."""
+    modules = {name: types.ModuleType(name) for name in ("utils", "utils.easydict")}
+    kind = type("EasyDict", (dict,), {"__module__": "utils.easydict"})
+    modules["utils.easydict"].EasyDict = kind
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    arguments = kind(a=1, b=kind(c=[1, 2]))
+    arguments.a = 1  # as its __init__ does: an attribute for every key
+    torch.save({"model": {"w": torch.ones(2)}, "config": arguments, "epoch": 3}, tmp_path / "a.pth")
+    for name in modules:
+        monkeypatch.delitem(sys.modules, name)
+    weights = reading.open_weights(tmp_path / "a.pth")
+    assert weights.shapes == {"w": (2,)} and weights.beside == ("config", "epoch")
+
+
+def test_weights_in_several_files_are_read(state, tmp_path):
+    model = foreign.clip_model()
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "parts", max_shard_size="300KB")
+    files = sorted((tmp_path / "parts").glob("*.safetensors"))
+    assert len(files) > 2
+    index = tmp_path / "parts" / "model.safetensors.index.json"
+    for source in ("parts", f"parts/{index.name}"):
+        convert("clip", tmp_path / source, tmp_path / "out", given(clip_config(98)))
+        shutil.rmtree(tmp_path / "out")
+    parts, whole = (
+        reading.open_weights(reading.locate(tmp_path / name)) for name in ("parts", "whole")
+    )
+    assert parts.shapes == whole.shapes and parts.files == tuple(files)
+    for name in whole.shapes:
+        np.testing.assert_array_equal(parts.read(name), whole.read(name))
+    content = b"".join(file.read_bytes() for file in files)
+    assert reading.digest(files) == hashlib.sha256(content).hexdigest()
+    files[1].rename(tmp_path / "other")
+    refused_in(tmp_path / "parts", "clip", f"{files[1].name}: no such file, but {index.name} names")
+    shutil.copy(files[0], files[1])
+    refused_in(tmp_path / "parts", "clip", f"a tensor lies in two of its {len(files)} files")
+    for said in ('{"weight_map": {"a": "../other"}}', '{"weight_map": {"a": 1}}', "{}"):
+        index.write_text(said)
+        refused_in(tmp_path / "parts", "clip", "names no weight files beside it")
+
+
+def test_two_conversions_to_one_output_leave_one_of_them_whole(tmp_path, monkeypatch):
+    """Each in a process of its own, the second from start to end within the first."""
+    path = bert_state(tmp_path, lambda s: None)
+    write = checkpoint.write_params
+
+    def write_late(*args, **kwargs):
+        monkeypatch.setattr(checkpoint, "write_params", write)
+        with monkeypatch.context() as other:
+            other.setattr(os, "getpid", lambda: 1)
+            convert("bert", path, tmp_path / "out", given(align_config()))
+        write(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "write_params", write_late)
+    with pytest.raises(UserError, match="out: cannot be written: Directory not empty"):
+        convert("bert", path, tmp_path / "out", given(align_config()))
+    assert checkpoint.read_meta(str(tmp_path / "out"))[0] == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bert.pt", "out"]
+
+
+def test_hidden_sizes_that_no_ratio_gives_exactly_are_kept(tmp_path):
+    config = bert_reference.make_config(vocab=60, width=176, heads=2, hidden=240, length=40)
+    config.num_hidden_layers = 2
+    foreign.save(transformers.BertForMaskedLM(config).state_dict(), tmp_path / "bert.pt")
+    ours = align_config(**{"text.depth": 2, "text.width": 176, "text.mlp_ratio": 240 / 176})
+    convert("bert", tmp_path / "bert.pt", tmp_path / "out", given(ours))
+    stored = checkpoint.StoredParams(str(tmp_path / "out"))
+    assert stored.shapes["text.blocks.mlp.expand.bias"] == (1, 240)
 
 
 def test_hugging_face_options_that_we_do_not_compute_are_refused(tmp_path):

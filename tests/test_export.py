@@ -25,6 +25,7 @@ from instap_jax.interop.importing import convert
 from instap_jax.interop.keys import leaves
 from instap_jax.interop.reading import Weights
 from instap_jax.interop.safetensors_file import SafetensorsWriter
+from instap_jax.train import checkpoint
 from instap_jax.train.checkpoint import StoredParams
 from instap_jax.train.objectives import term_weights
 
@@ -274,6 +275,27 @@ def test_refusals_leave_nothing(pair, run, exported, tmp_path, capsys, monkeypat
     finally:
         words.write_bytes(before)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["nan", "stage1"]
+
+
+def test_weights_and_description_are_of_one_step(pair, run, tmp_path, monkeypatch):
+    """A run that trains writes its next checkpoint between the two."""
+    shutil.copytree(run, tmp_path / "run")
+    steps = tmp_path / "run" / "checkpoints"
+    read = checkpoint.read_meta
+
+    def read_and_train(workdir):
+        found = read(workdir)
+        flat = {path: leaf.replace(leaf[...] + 1) for path, leaf in nnx.to_flat_state(pair.params)}
+        checkpoint.write_params(str(tmp_path / "next"), nnx.from_flat_state(flat), meta={})
+        shutil.move(tmp_path / "next" / "checkpoints" / "0", steps / "3")
+        return found
+
+    monkeypatch.setattr(checkpoint, "read_meta", read_and_train)
+    export(tmp_path / "run", tmp_path / "out", layout="torch")
+    assert json.loads((tmp_path / "out/config.json").read_text())["trained"]["step"] == 0
+    expected = to_torch(pair.params)
+    with safe_open(tmp_path / "out/model.safetensors", framework="pt") as file:
+        assert torch.equal(file.get_tensor("text_proj.bias"), expected["text_proj.bias"])
 
 
 def test_writer_wants_every_key_once_and_as_announced(tmp_path):

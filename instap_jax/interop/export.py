@@ -59,7 +59,7 @@ def export(workdir: Path, out: Path, *, layout: str) -> list[Entry]:
     inputs.check_tokenizer(config, meta, str(workdir))
     if layout == "torch":
         inputs.run_tokenizer(config, meta, str(workdir))  # a converted run may have none
-    stored = checkpoint.StoredParams(str(workdir))
+    stored = checkpoint.StoredParams(str(workdir), step=step)  # training may write a newer one
     create = functools.partial(OBJECTIVES["align"].create, config)
     stored.check(nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))))[1])
     with written_aside(out, "--output") as aside:

@@ -4,8 +4,6 @@ Everything is read and checked before anything is written: names both ways, shap
 values, tied tensors. The directory appears when it is complete.
 """
 
-import contextlib
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +16,7 @@ from ml_collections import ConfigDict
 
 import instap_jax
 from instap_jax import config_check
+from instap_jax.aside import written_aside
 from instap_jax.config_check import LoadedConfig
 from instap_jax.data.tokenizer import check_vocab_size, load_tokenizer
 from instap_jax.errors import UserError
@@ -48,36 +47,35 @@ def convert(kind: str, source: Path, output: Path, loaded: LoadedConfig | None) 
 
     Args:
       kind: in `KINDS`.
-      source: a weight file, or a directory with one.
-      output: to be made.
+      source: a weight file, an index of several, or a directory with one of these.
+      output: to be made, or empty.
       loaded: the configuration that the file must fit; None: the default, with the file's sizes.
 
     Raises:
-      UserError: the output exists; the source is missing, damaged, of another kind, or does not
-        fit, by the name of the tensor or field.
+      UserError: the output holds something; the source is missing, damaged, of another kind, or
+        does not fit, by the name of the tensor or field.
     """
-    if output.exists():
-        raise UserError(f"{output}: already exists")
     file = reading.locate(source)
     weights = reading.open_weights(file)
     plan = KINDS[kind](weights, loaded.config if loaded else None)
     ignored = _check_names(plan, weights)
-    state, entries = _fill(plan, weights)
     if plan.config.stage == "align":
         _name_vocabulary(plan.config, file)
     unknown = plan.config.stage == "align" and not plan.config.tokenizer.path
-    report = Report(
-        source=str(file.absolute()),
-        sha256=reading.digest(file),
-        kind=plan.kind,
-        stage=plan.config.stage,
-        sizes=dict(plan.sizes),
-        assumed=plan.assumed,
-        missing=(NO_VOCABULARY,) * unknown,
-        beside=weights.beside,
-        entries=(*entries, *ignored),
-    )
-    _write(plan, report, state, output, loaded)
+    with written_aside(output, "--output") as aside:
+        state, entries = _fill(plan, weights)
+        report = Report(
+            source=str(file.absolute()),
+            sha256=reading.digest(weights.files),
+            kind=plan.kind,
+            stage=plan.config.stage,
+            sizes=dict(plan.sizes),
+            assumed=plan.assumed,
+            missing=(NO_VOCABULARY,) * unknown,
+            beside=weights.beside,
+            entries=(*entries, *ignored),
+        )
+        _write(plan, report, state, aside, output, loaded)
     return report
 
 
@@ -220,10 +218,11 @@ def _write(
     plan: Plan,
     report: Report,
     state: nnx.State,
+    aside: Path,
     output: Path,
     loaded: LoadedConfig | None,
 ) -> None:
-    """Writes aside, then renames.
+    """Writes to `aside` what is to be found at `output`.
 
     Raises:
       UserError: when storage fails.
@@ -243,18 +242,11 @@ def _write(
         "fresh": [] if plan.draw else list(plan.table.own),
     }
     file, overrides = (loaded.file, loaded.overrides) if loaded else ("", {})
-    aside = output.absolute().parent / f".{output.name}.partial"
-    try:
-        with _storage(output):
-            shutil.rmtree(aside, ignore_errors=True)
-            config_check.record(LoadedConfig(config=config, file=file, overrides=overrides), aside)
-            checkpoint.write_params(str(aside), state, meta=meta)
-            if vocabulary:
-                shutil.copyfile(vocabulary, aside / name)
-            report.write(aside / REPORT)
-            os.rename(aside, output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    config_check.record(LoadedConfig(config=config, file=file, overrides=overrides), aside)
+    checkpoint.write_params(str(aside), state, meta=meta)
+    if vocabulary:
+        shutil.copyfile(vocabulary, aside / name)
+    report.write(aside / REPORT)
 
 
 def _name_vocabulary(config: ConfigDict, weights: Path) -> None:
@@ -283,12 +275,3 @@ def _name_vocabulary(config: ConfigDict, weights: Path) -> None:
     if words:
         check_vocab_size(words, config.text.vocab_size, weights=str(weights))
         tokenizer.update(cls_id=words.cls_id, mask_id=words.mask_id)
-
-
-@contextlib.contextmanager
-def _storage(output: Path):
-    try:
-        yield
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {output}: {reason}") from error

@@ -5,12 +5,13 @@ Tensors come one by one: a file is mapped, not loaded.
 """
 
 import argparse
+import collections
 import hashlib
 import json
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,26 @@ from instap_jax.errors import UserError
 from instap_jax.interop.keys import Shape
 
 # What Hugging Face calls the weights in a model's directory, in the order of preference.
-DIRECTORY_FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX = ".index.json"  # of weights in several files, which it names
+DIRECTORY_FILES = (
+    "model.safetensors",
+    f"model.safetensors{INDEX}",
+    "pytorch_model.bin",
+    f"pytorch_model.bin{INDEX}",
+)
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 # Where training scripts keep the weights beside other state (UMT: 'model'; DeepSpeed: 'module').
 ENVELOPES = ("model", "module", "state_dict")
+# Classes that training scripts keep their arguments in, read as plain data: UMT's stage 1, and its
+# stage 2, whose own class is a dict; no code of it runs.
+_DATA = [argparse.Namespace, (collections.OrderedDict, "utils.easydict.EasyDict")]
 
 
 class Weights:
-    """The tensors of one file, by name.
+    """The tensors of one file, or of the several that an index names, by name.
 
     Attributes:
-      path: of the file.
+      path: of the file, or of the index. files: that hold the tensors.
       shapes: name -> shape.
       beside: what the file holds besides weights (an optimizer's state, ...), by name.
     """
@@ -42,8 +52,10 @@ class Weights:
         shapes: Mapping[str, Shape],
         read: Callable[[str], np.ndarray],
         beside: Iterable[str] = (),
+        files: Sequence[Path] = (),
     ):
         self.path = path
+        self.files = tuple(files) or (path,)
         self.shapes = dict(shapes)
         self.beside = tuple(beside)
         self._read = read
@@ -107,6 +119,8 @@ def open_weights(path: Path) -> Weights:
       UserError: it is damaged, of no known format, needs torch that is not installed, or is a
         program and not weights.
     """
+    if path.name.endswith(INDEX):
+        return _open_index(path)
     if path.suffix == ".safetensors":
         weights = _open_safetensors(path)
     elif path.suffix in SUFFIXES:
@@ -139,10 +153,31 @@ def read_config(path: Path, name: str = "config.json") -> dict[str, Any] | None:
     return content
 
 
-def digest(path: Path) -> str:
-    """sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def digest(files: Sequence[Path]) -> str:
+    """sha256 of a file, or of several one after the other."""
+    total = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            hashlib.file_digest(file, lambda: total)
+    return total.hexdigest()
+
+
+def _open_index(path: Path) -> Weights:
+    """Hugging Face's way of cutting large weights into several files."""
+    said = read_config(path, path.name) or {}
+    places = said.get("weight_map")
+    names = set(places.values()) if isinstance(places, dict) else set()
+    if not names or any(not isinstance(n, str) or n != Path(n).name for n in names):
+        raise UserError(f"{path}: names no weight files beside it (weight_map)")
+    files = [path.with_name(name) for name in sorted(names)]
+    if absent := [file for file in files if not file.is_file()]:
+        raise UserError(f"{absent[0]}: no such file, but {path.name} names it")
+    parts = [open_weights(file) for file in files]
+    owners = {name: part for part in parts for name in part.shapes}
+    if len(owners) < sum(len(part.shapes) for part in parts):
+        raise UserError(f"{path}: a tensor lies in two of its {len(files)} files")
+    shapes = {name: part.shapes[name] for name, part in owners.items()}
+    return Weights(path, shapes, lambda name: owners[name].read(name), files=files)
 
 
 def _open_safetensors(path: Path) -> Weights:
@@ -178,8 +213,7 @@ def _open_torch(path: Path) -> Weights:
 def _load_torch(path: Path) -> Any:
     torch = _torch(path)
     try:
-        # Plain data, and what UMT keeps its arguments in.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_DATA):
             return torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
@@ -188,7 +222,8 @@ def _load_torch(path: Path) -> Any:
         what = f"names {found[1]!r}" if found else "is no plain pickle of tensors"
         raise UserError(
             f"{path}: not opened: it {what}, and opening that may run code; where you trust it, "
-            "save its state dict alone, torch.save(model.state_dict(), FILE)"
+            "save its tensors alone, by name: C = torch.load(FILE, weights_only=False); "
+            "torch.save(C['model'], OTHER), or what holds them in C; of a module C.state_dict()"
         ) from error
     except Exception as error:  # torch raises RuntimeError, EOFError, ValueError, KeyError ...
         raise UserError(f"{path}: truncated or damaged ({_first(error)})") from error

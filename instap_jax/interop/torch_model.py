@@ -95,7 +95,7 @@ class Encoder(nn.Module):
         self.config = c
         patch = (1, c["patch"], c["patch"])
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv3d(3, c["width"], patch, patch)})
-        hidden = int(c["width"] * c["mlp_ratio"])
+        hidden = round(c["width"] * c["mlp_ratio"])
         self.blocks = nn.ModuleList(
             Block(c["width"], c["heads"], hidden) for _ in range(c["depth"])
         )
@@ -264,7 +264,7 @@ class BertAttention(nn.Module):
 class BertLayer(nn.Module):
     def __init__(self, c, vision_width=None):
         super().__init__()
-        width, hidden = c["width"], int(c["width"] * c["mlp_ratio"])
+        width, hidden = c["width"], round(c["width"] * c["mlp_ratio"])
         self.attention = BertAttention(width, width, c["heads"])
         if vision_width is not None:
             self.crossattention = BertAttention(width, vision_width, c["heads"])

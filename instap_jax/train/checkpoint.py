@@ -256,13 +256,16 @@ class StoredParams:
 
     Attributes:
       shapes: dotted name of every parameter -> shape.
-      step: of the checkpoint.
+      step: of the checkpoint; the newest, where none is asked for.
     """
 
-    def __init__(self, workdir: str):
+    def __init__(self, workdir: str, *, step: int | None = None):
         with _reader(workdir) as manager:
-            self.step = _newest(manager)
-            self._path = manager.directory / str(self.step) / "params"
+            self.step = _newest(manager) if step is None else step
+            directory = manager.directory / str(self.step)
+        if step is not None:
+            _check_named(directory)
+        self._path = directory / "params"
         self._workdir = workdir
         with storage_faults(f"{self._path} cannot be read"), _params_reader() as reader:
             tree = reader.metadata(self._path).item_metadata.tree
