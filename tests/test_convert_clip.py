@@ -121,7 +121,7 @@ def test_other_faults_of_a_description_are_refused(tmp_path):
 
 
 def test_what_hugging_face_says_of_another_model_is_refused(tmp_path):
-    said = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_attention_heads": 2}
+    said = foreign.clip_model().config.vision_config.to_dict()
     describe(tmp_path, {"vision_config": said}, "config.json")
     plan = clip.plan(shapes_only(tmp_path, foreign.WIDTH, "hugging face"), None)
     assert plan.config.teacher.heads == 2

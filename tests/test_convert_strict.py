@@ -233,10 +233,10 @@ def test_two_conversions_to_one_output_leave_one_of_them_whole(tmp_path, monkeyp
 
     def write_late(*args, **kwargs):
         monkeypatch.setattr(checkpoint, "write_params", write)
+        write(*args, **kwargs)
         with monkeypatch.context() as other:
             other.setattr(os, "getpid", lambda: 1)
             convert("bert", path, tmp_path / "out", given(align_config()))
-        write(*args, **kwargs)
 
     monkeypatch.setattr(checkpoint, "write_params", write_late)
     with pytest.raises(UserError, match="out: cannot be written: Directory not empty"):
@@ -280,6 +280,31 @@ def test_hugging_face_options_that_we_do_not_compute_are_refused(tmp_path):
         refused_in(tmp_path / "bert", "bert", f"{field} is {value!r}; the text encoder computes")
     refused_in(tmp_path / "bert", "umt", "no UMT pre-training checkpoint")
     refused_in(tmp_path / "hf", "bert", "no BERT")
+
+
+HIDDEN = {"hidden_size": 256, "num_hidden_layers": 24, "intermediate_size": 4096}
+
+
+@pytest.mark.parametrize("kind", ["clip", "bert"])
+def test_a_config_json_of_another_size_of_model_is_refused(tmp_path, kind):
+    model = foreign.clip_model() if kind == "clip" else foreign.bert_model()
+    model.save_pretrained(tmp_path / "hf")
+    config = tmp_path / "hf" / "config.json"
+    text = json.loads(config.read_text())
+
+    def describe(**changes):
+        if kind == "clip":
+            changes = {"vision_config": text["vision_config"] | changes}
+        config.write_text(json.dumps(text | changes))
+
+    for field, value in (HIDDEN | ({"patch_size": 14} if kind == "clip" else {})).items():
+        describe(**{field: value})
+        message = f"config.json: {field} is {value}, but .* in the weights; take the file that"
+        with pytest.raises(UserError, match=message):
+            convert(kind, tmp_path / "hf", tmp_path / "out", None)
+    for value in (None, "2", 0, True):
+        describe(num_attention_heads=value)
+        refused_in(tmp_path / "hf", kind, f"num_attention_heads is {value!r}, no number of heads")
 
 
 def refused_in(directory, kind, message):

@@ -23,7 +23,7 @@ from instap_jax.interop.keys import (
     resolve,
 )
 from instap_jax.interop.plan import Plan, assumed, count, dimensions, fit, shapes_of
-from instap_jax.interop.reading import Weights, read_config
+from instap_jax.interop.reading import Weights, hugging_face_heads, read_config
 from instap_jax.models.text import TextEncoder
 from instap_jax.train.objectives import compute_options
 
@@ -33,6 +33,13 @@ FUSION_LAYERS = {12: 3, 24: 5}
 IGNORED = {
     "bert.pooler.": "BERT's pooler: text is pooled by its [CLS] token as it is, as in UMT",
     "cls.seq_relationship.": "BERT's next-sentence head",
+}
+# Of Hugging Face's BertConfig, and of its CLIPVisionConfig.
+DEFAULTS = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
 }
 _CROSS = ("text.fusion_blocks.cross.", "text.fusion_blocks.cross_norm.")
 
@@ -67,7 +74,7 @@ def plan(weights: Weights, config: ConfigDict | None) -> Plan:
     sizes = text_sizes(weights, "bert.")
     guesses = {"text.heads": max(sizes["text.width"] // CHANNELS, 1)}
     if (said := read_config(weights.path)) is not None:
-        sizes["text.heads"] = _check_said(weights, said)
+        sizes["text.heads"] = _check_said(weights, said, sizes)
         guesses = {}
     depth = sizes["text.depth"]
     if config is None and depth not in FUSION_LAYERS:
@@ -104,8 +111,10 @@ def _canonical(name: str) -> str:
     )
 
 
-def _check_said(weights: Weights, said: dict[str, Any]) -> int:
-    """Heads, from Hugging Face's config.json; the rest of it must be what we compute."""
+def _check_said(weights: Weights, said: dict[str, Any], sizes: dict[str, Any]) -> int:
+    """Heads, from Hugging Face's config.json; the rest of it must be what we compute, and of a
+    model of these sizes."""
+    file = weights.path.parent / "config.json"
     wanted = {
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-12,
@@ -114,10 +123,14 @@ def _check_said(weights: Weights, said: dict[str, Any]) -> int:
     for field, value in wanted.items():
         if said.get(field, value) != value:
             raise UserError(
-                f"{weights.path.parent}/config.json: {field} is {said[field]!r}; the text encoder "
-                f"computes with {value!r}"
+                f"{file}: {field} is {said[field]!r}; the text encoder computes with {value!r}"
             )
-    return int(said.get("num_attention_heads", 12))
+    tensors = {
+        "hidden_size": sizes["text.width"],
+        "num_hidden_layers": sizes["text.depth"],
+        "intermediate_size": round(sizes["text.width"] * sizes["text.mlp_ratio"]),
+    }
+    return hugging_face_heads(file, DEFAULTS | said, tensors)
 
 
 def text_sizes(weights: Weights, theirs: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from instap_jax.config import default
 from instap_jax.errors import UserError
-from instap_jax.interop import open_clip
+from instap_jax.interop import bert, open_clip
 from instap_jax.interop.keys import (
     CONVOLUTION_2D,
     HEADS,
@@ -38,7 +38,7 @@ from instap_jax.interop.plan import (
     fit,
     shapes_of,
 )
-from instap_jax.interop.reading import Weights, read_config
+from instap_jax.interop.reading import Weights, hugging_face_heads, read_config
 from instap_jax.models import resize
 from instap_jax.train.objectives.distill import create_teacher
 
@@ -145,7 +145,7 @@ def plan(weights: Weights, config: ConfigDict | None) -> Plan:
     heads = open_clip.heads(weights, sizes)
     said = read_config(weights.path) or {}
     if heads is None and "vision_config" in said:  # of the same model in Hugging Face's layout
-        heads = _check_said(weights, said)
+        heads = _check_said(weights, said, sizes)
     return _plan(
         weights, config, "clip (OpenAI)", sizes, heads, f"{theirs}positional_embedding",
         lambda shapes: openai_table(shapes, theirs=theirs),
@@ -168,25 +168,32 @@ def _hugging_face(weights: Weights, config: ConfigDict | None) -> Plan:
     )
     sizes["teacher.projection"] = dimensions(weights, "visual_projection.weight", 2)[0]
     said = read_config(weights.path)
-    heads = None if said is None else _check_said(weights, said)
+    heads = None if said is None else _check_said(weights, said, sizes)
     positions = "vision_model.embeddings.position_embedding.weight"
     kind = "clip (Hugging Face)"
     return _plan(weights, config, kind, sizes, heads, positions, hugging_face_table)
 
 
-def _check_said(weights: Weights, said: dict[str, Any]) -> int:
-    """Heads, from Hugging Face's config.json; the rest of it must be what our teacher computes."""
+def _check_said(weights: Weights, said: dict[str, Any], sizes: dict[str, Any]) -> int:
+    """Heads, from Hugging Face's config.json; the rest of it must be what our teacher computes, and
+    of a model of these sizes."""
+    file = weights.path.parent / "config.json"
     vision = said.get("vision_config", said)
     if not isinstance(vision, dict):
-        raise UserError(f"{weights.path.parent}/config.json: vision_config is no object")
+        raise UserError(f"{file}: vision_config is no object")
     wanted = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}  # Hugging Face's defaults, too
     for field, value in wanted.items():
         if vision.get(field, value) != value:
             raise UserError(
-                f"{weights.path.parent}/config.json: {field} is {vision[field]!r}; the teacher "
-                f"computes with {value!r}"
+                f"{file}: {field} is {vision[field]!r}; the teacher computes with {value!r}"
             )
-    return int(vision.get("num_attention_heads", 12))
+    tensors = {
+        "hidden_size": sizes["teacher.width"],
+        "num_hidden_layers": sizes["teacher.depth"],
+        "intermediate_size": round(sizes["teacher.width"] * sizes["teacher.mlp_ratio"]),
+        "patch_size": sizes["teacher.patch"],
+    }
+    return hugging_face_heads(file, bert.DEFAULTS | {"patch_size": 32} | vision, tensors)
 
 
 def _sizes(weights: Weights, *, kernel: str, blocks: str, hidden: str) -> dict[str, Any]:

@@ -153,6 +153,28 @@ def read_config(path: Path, name: str = "config.json") -> dict[str, Any] | None:
     return content
 
 
+def hugging_face_heads(file: Path, said: Mapping[str, Any], wanted: Mapping[str, Any]) -> int:
+    """Attention heads, which no tensor shows, as Hugging Face's description of a model says.
+
+    Args:
+      file: of the description, for messages. said: what it says, absent fields with the defaults.
+      wanted: field -> what it is in the tensors.
+
+    Raises:
+      UserError: it is another model's, or its heads are no number of heads.
+    """
+    for field, value in wanted.items():
+        if said[field] != value:
+            raise UserError(
+                f"{file}: {field} is {said[field]!r}, but {value} in the weights; take the file "
+                "that belongs to them"
+            )
+    heads = said["num_attention_heads"]
+    if type(heads) is not int or heads < 1:
+        raise UserError(f"{file}: num_attention_heads is {heads!r}, no number of heads")
+    return heads
+
+
 def digest(files: Sequence[Path]) -> str:
     """sha256 of a file, or of several one after the other."""
     total = hashlib.sha256()
