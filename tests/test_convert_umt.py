@@ -10,6 +10,7 @@ from flax import nnx
 from test_convert import LAYER, WHOLE, close, given, on_one_device
 from tiny import tiny_config
 
+from instap_jax import config_check
 from instap_jax.config import default
 from instap_jax.errors import UserError
 from instap_jax.interop import umt
@@ -19,8 +20,9 @@ from instap_jax.interop.plan import shapes_of
 from instap_jax.interop.report import Fate
 from instap_jax.models.text import text_mask
 from instap_jax.train import checkpoint
+from instap_jax.train.checkpoint import StoredParams
 from instap_jax.train.initialise import initial_params
-from instap_jax.train.objectives import OBJECTIVES
+from instap_jax.train.objectives import OBJECTIVES, term_weights
 
 # Width, layers, BERT layers before the first fusion layer, CLIP's projection, shared projection:
 # single_modality/models/modeling_pretrain_umt.py and multi_modality/exp/pretraining/*.py.
@@ -227,6 +229,36 @@ def test_stage_2_equals_umt(theirs, tmp_path, capsys):
     assert float(ours.tau()) == pytest.approx(0.05)
 
 
+def test_a_checkpoint_fine_tuned_for_retrieval(theirs, tmp_path):
+    """Without distillation heads (`clip_return_layer=0`) and language head, so without `bert.`."""
+    full = foreign.umt_weights(theirs)
+    state = {
+        name.replace("text_encoder.bert.", "text_encoder."): tensor
+        for name, tensor in full.items()
+        if not name.startswith(("text_encoder.cls.", "vision_encoder.clip_decoder."))
+    }
+    foreign.save(state, tmp_path / "ret.pth")
+    report = convert("umt", tmp_path / "ret.pth", tmp_path / "out", None)
+    assert report.kind == "umt (stage 2, fine-tuned)"
+    fresh = {entry.name for entry in report.entries if entry.fate is Fate.FRESH}
+    assert {"text.mlm_head.bias", "heads.heads.linear.kernel"} < fresh
+    config = config_check.read(tmp_path / "out")
+    assert list(term_weights(config)) == ["vtc", "vtm"]
+    assert "distill.layers=2" in report.assumed
+    config = umt_config()
+    config.align.update(rec=0.0, mlm=0.0)
+    convert("umt", tmp_path / "ret.pth", tmp_path / "given", given(config))
+    torch.save(full, tmp_path / "full.pth")
+    convert("umt", tmp_path / "full.pth", tmp_path / "full", given(umt_config()))
+    ours, whole = (StoredParams(str(tmp_path / name)) for name in ("given", "full"))
+    assert ours.shapes == whole.shapes
+    for name in ours.shapes.keys() - fresh:
+        np.testing.assert_array_equal(ours.read(name), whole.read(name), err_msg=name)
+    config.align.update(rec=1.0, mlm=1.0)
+    with pytest.raises(UserError, match="was not trained by rec, mlm, to which the configuration"):
+        convert("umt", tmp_path / "ret.pth", tmp_path / "other", given(config))
+
+
 def test_position_tables_must_be_the_fixed_ones(theirs, tmp_path):
     name = "vision_encoder.encoder.pos_embed"
     state = foreign.umt_weights(theirs)
@@ -248,7 +280,7 @@ def test_without_a_configuration_sizes_are_the_files(theirs, tmp_path):
     assert meta["config"]["align"]["projection"] == 16 and meta["config"]["text"]["depth"] == 3
     assert report.sizes["text.fusion_layers"] == 1 and report.sizes["distill.layers"] == 2
     assert meta["config"]["align"]["instance"] == 0  # it was trained without instances
-    assert "vision.heads=1" in report.assumed
+    assert {"vision.heads=1", "data.frames=8"} < set(report.assumed)
     assert leaves(nnx.state(loaded("align", sized_as(meta), tmp_path / "out")))
 
 

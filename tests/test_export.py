@@ -34,6 +34,7 @@ from instap_jax.train.objectives import term_weights
 def pair():
     config = tiny_config("stage2")
     config.text.update(vocab_size=320, depth=3, fusion_layers=1)
+    config.data.frames = 3
     return make_pair(config)
 
 
@@ -108,8 +109,9 @@ def test_back_bit_for_bit(pair, exported, tmp_path, capsys):
         assert (tmp_path / "again" / name).read_bytes() == (exported / name).read_bytes()
     files = (exported / "config.json", tmp_path / "again" / "config.json")
     first, again = (json.loads(file.read_text()) for file in files)
-    assert first["trained"]["terms"] == again["trained"]["terms"]
-    assert first | {"trained": 0} == again | {"trained": 0}
+    assert first == again
+    config = config_check.read(out)
+    assert (config.data.frames, config.compute.dtype) == (3, "float32")
 
 
 # Terms without weight -> those that the export says it was trained by.
@@ -174,6 +176,10 @@ def test_terms_of_an_export_that_does_not_name_them_are_assumed(tmp_path):
         assert list(term_weights(plan.config)) == terms
         line = f"trained by {', '.join(terms)}: the file does not say by which terms"
         assert line in plan.assumed
+    for damaged in ({"frames": 0}, {"frames": "8"}, {"dtype": "float16"}):
+        weights = described(tmp_path, config, **damaged)
+        with pytest.raises(UserError, match=r"config\.json: trained\.frames is .*, trained\.dtype"):
+            instap.plan(weights, None)
     for damaged in ("vtm", [], ["vtm", "vtx"], [["vtm"]], 3):
         weights = described(tmp_path, config, terms=damaged)
         with pytest.raises(UserError, match=r"config\.json: trained\.terms is .*, not a list"):
@@ -192,7 +198,9 @@ def test_umt_and_back_knows_the_terms(tmp_path, capsys):
     assert main.main([*back, f"--output={tmp_path}/back"]) == 0
     assert "align.vtm=0.0" in (printed := capsys.readouterr().out)
     assert "trained by" not in printed
-    assert list(term_weights(config_check.read(tmp_path / "back"))) == ["rec", "vtc", "mlm"]
+    back = config_check.read(tmp_path / "back")
+    assert list(term_weights(back)) == ["rec", "vtc", "mlm"]
+    assert (back.data.frames, back.compute.dtype) == (config.data.frames, config.compute.dtype)
     # The run's own configuration fits; one that would re-rank does not.
     weights = reading.open_weights(tmp_path / "umt" / "umt.pth")
     assert list(term_weights(umt.plan(weights, config).config)) == ["rec", "vtc", "mlm"]

@@ -116,7 +116,7 @@ def plan(weights: Weights, config: ConfigDict | None) -> Plan:
     if trained is not None:
         instances = any(term in trained for term in INSTANCE_TERMS)
     if config is None:
-        sizes |= terms.zeros(trained)
+        sizes |= terms.zeros(trained) | terms.options(weights, "config.json")
     side = flat["vision.image_size"] // flat["vision.patch"]
     guesses = {"align.instance": 0.1 if instances else 0.0, "teacher.image_size": 14 * side}
     fitted = fit(config, "align", weights, sizes, guesses)

@@ -1,4 +1,4 @@
-"""By which terms of stage 'align' an exported model was trained.
+"""How an exported model was trained: by which terms of stage 'align', on clips of how many frames.
 
 A file of weights holds the head of every term, trained or not; evaluation asks the configuration
 (`term_weights`) which of them it may use.
@@ -6,16 +6,18 @@ A file of weights holds the head of every term, trained or not; evaluation asks 
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from instap_jax.config_check import flatten
+from instap_jax.config_check import CHOICES, flatten
 from instap_jax.errors import UserError
 from instap_jax.interop.reading import Weights, read_config
 from instap_jax.train.objectives import term_weights
 from instap_jax.train.objectives.align import TERMS
 
 KEY = "trained.terms"  # of an export's description
+OPTIONS = {"trained.frames": "data.frames", "trained.dtype": "compute.dtype"}
 
 
 def recorded(weights: Weights, name: str) -> tuple[str, ...] | None:
@@ -33,6 +35,23 @@ def recorded(weights: Weights, name: str) -> tuple[str, ...] | None:
             f"{', '.join(TERMS)}; export the run again"
         )
     return tuple(terms)
+
+
+def options(weights: Weights, name: str) -> dict[str, Any]:
+    """Other fields of the configuration that the description `name` says, as far as it does.
+
+    Raises:
+      UserError: the description is damaged.
+    """
+    flat = flatten(read_config(weights.path, name) or {})
+    found = {field: flat[key] for key, field in OPTIONS.items() if key in flat}
+    frames, dtype = found.get("data.frames", 1), found.get("compute.dtype", "float32")
+    if type(frames) is not int or frames < 1 or dtype not in CHOICES["compute.dtype"]:
+        raise UserError(
+            f"{weights.path.parent}/{name}: trained.frames is {frames!r}, trained.dtype {dtype!r}; "
+            "export the run again"
+        )
+    return found
 
 
 def zeros(trained: Collection[str] | None) -> dict[str, float]:

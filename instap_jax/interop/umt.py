@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+from instap_jax.config import default
 from instap_jax.errors import UserError
 from instap_jax.interop import bert, terms
 from instap_jax.interop.keys import (
@@ -41,6 +42,10 @@ OWN = (
     "instance_contrastive_bias",
 )
 _BODY, _HEAD = "text_encoder.bert.", "text_encoder.cls."
+# What checkpoints fine-tuned for retrieval lack, ours -> theirs: UMT builds their text encoder
+# without a language head, and so without the `bert.` in its names, and no distillation heads.
+_LEFT_OUT = {"text.mlm_head.": _HEAD, "heads.": "vision_encoder.clip_decoder."}
+_RETRIEVAL = ("vtc", "vtm")  # terms of that fine-tuning
 POSITION_TABLES = (
     "encoder.pos_embed",
     "encoder.img_pos_embed",
@@ -51,12 +56,13 @@ IGNORED = {"clip_teacher.": "the frozen teacher, which stands in its own checkpo
 DESCRIPTION = "instap_config.json"  # beside an export of ours; UMT's own files have none
 
 
-def table(stage: str, shapes: Mapping[str, Shape]) -> Table:
+def table(stage: str, shapes: Mapping[str, Shape], *, absent: tuple[str, ...] = ()) -> Table:
     """UMT's layout over the model of our stage.
 
     Args:
       stage: 'distill' (a UMT stage-1 state dict) or 'align' (a UMT stage-2 one).
       shapes: of the model's parameters, by dotted path (`keys.leaves`).
+      absent: prefixes of our parameters that a stage-2 file lacks.
 
     Raises:
       ValueError: for another stage.
@@ -67,10 +73,10 @@ def table(stage: str, shapes: Mapping[str, Shape]) -> Table:
         raise ValueError(f"UMT has nothing like stage {stage!r}")
     length = shapes["text.embeddings.positions"][0]
     return resolve(
-        align_rules(shapes),
+        [rule for rule in align_rules(shapes) if not rule.ours.startswith(absent)],
         shapes,
-        own=OWN,
-        tied=bert.tied_head(body=_BODY, head=_HEAD),
+        own=OWN + absent,
+        tied={} if "text.mlm_head." in absent else bert.tied_head(body=_BODY, head=_HEAD),
         constants={f"{_BODY}embeddings.position_ids": np.arange(length, dtype=np.int64)[None]},
         ignored=IGNORED,
     )
@@ -110,26 +116,19 @@ def plan(weights: Weights, config: ConfigDict | None) -> Plan:
     Raises:
       UserError: neither of them, or it does not fit the configuration.
     """
-    if weights.has("vision_encoder.encoder."):
-        stage, prefix = "align", "vision_encoder."
-    elif weights.has("encoder.patch_embed."):
-        stage, prefix = "distill", ""
-    else:
-        raise UserError(
-            f"{weights.path}: no UMT pre-training checkpoint: it has neither "
-            "'encoder.patch_embed.proj.weight' (stage 1) nor 'vision_encoder.encoder...' (stage 2)"
-        )
-    sizes = _vision_sizes(weights, prefix)
-    guesses = {
-        "vision.heads": max(sizes["vision.width"] // bert.CHANNELS, 1),
-        "vision.image_size": 14 * sizes["vision.patch"],  # 224 px, as all that UMT published
-    }
-    trained = terms.recorded(weights, DESCRIPTION)
+    stage, prefix = _stage(weights)
+    absent: tuple[str, ...] = ()
+    if stage == "align":
+        weights.rename(_canonical)
+        absent = tuple(ours for ours, theirs in _LEFT_OUT.items() if not weights.has(theirs))
+    trained = terms.recorded(weights, DESCRIPTION) or (_RETRIEVAL if absent else None)
+    sizes = _vision_sizes(weights, prefix, heads="heads." not in absent)
     if stage == "align":
         sizes |= _align_sizes(weights)
-        if config is None:
-            sizes |= terms.zeros(trained)
-        guesses["text.heads"] = max(sizes["text.width"] // bert.CHANNELS, 1)
+    if config is None:
+        sizes |= terms.options(weights, DESCRIPTION)
+        sizes |= terms.zeros(trained) if stage == "align" else {}
+    guesses = _guesses(sizes)
     fitted = fit(config, stage, weights, sizes, guesses)
     tables = _fixed_tables(weights, prefix)
     # UMT has no instance terms: instances are then evaluated as those of its baselines are.
@@ -144,9 +143,9 @@ def plan(weights: Weights, config: ConfigDict | None) -> Plan:
     def create(rngs: nnx.Rngs) -> nnx.Module:
         return OBJECTIVES[stage].create(fitted, rngs)
 
-    table_of_keys = table(stage, shapes_of(create))
+    table_of_keys = table(stage, shapes_of(create), absent=absent)
     return Plan(
-        kind=f"umt (stage {'2' if stage == 'align' else '1'})",
+        kind=f"umt (stage {'2' if stage == 'align' else '1'}{', fine-tuned' if absent else ''})",
         config=fitted,
         create=create,
         table=dataclasses.replace(table_of_keys, ignored=table_of_keys.ignored | tables),
@@ -154,6 +153,45 @@ def plan(weights: Weights, config: ConfigDict | None) -> Plan:
         sizes=sizes,
         assumed=assumed(fitted, guesses) + terms.assumed(fitted, trained),
     )
+
+
+def _stage(weights: Weights) -> tuple[str, str]:
+    """Our name of the stage, and what the names of the student's tensors begin with.
+
+    Raises:
+      UserError: the weights are not UMT's.
+    """
+    if weights.has("vision_encoder.encoder."):
+        return "align", "vision_encoder."
+    if weights.has("encoder.patch_embed."):
+        return "distill", ""
+    raise UserError(
+        f"{weights.path}: no UMT pre-training checkpoint: it has neither "
+        "'encoder.patch_embed.proj.weight' (stage 1) nor 'vision_encoder.encoder...' (stage 2)"
+    )
+
+
+def _guesses(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file does not say that says `sizes`."""
+    usual = default()
+    guesses = {
+        "vision.heads": max(sizes["vision.width"] // bert.CHANNELS, 1),
+        "vision.image_size": 14 * sizes["vision.patch"],  # 224 px, as all that UMT published
+        "data.frames": usual.data.frames,
+        "distill.layers": min(usual.distill.layers, sizes["vision.depth"]),
+        "teacher.projection": usual.teacher.projection,
+    }
+    if "text.width" in sizes:
+        guesses["text.heads"] = max(sizes["text.width"] // bert.CHANNELS, 1)
+    return {key: value for key, value in guesses.items() if key not in sizes}
+
+
+def _canonical(name: str) -> str:
+    """Names as pre-training has them; see `_LEFT_OUT`."""
+    for part in ("embeddings.", "encoder."):
+        if name.startswith(f"text_encoder.{part}"):
+            return name.replace("text_encoder.", _BODY, 1)
+    return name
 
 
 def _fixed_tables(weights: Weights, prefix: str) -> dict[str, str]:
@@ -181,18 +219,22 @@ def _fixed_tables(weights: Weights, prefix: str) -> dict[str, str]:
     return found
 
 
-def _vision_sizes(weights: Weights, prefix: str) -> dict[str, Any]:
+def _vision_sizes(weights: Weights, prefix: str, *, heads: bool) -> dict[str, Any]:
     kernel = dimensions(weights, f"{prefix}encoder.patch_embed.proj.weight", 5)
     if kernel[2] != 1:
         raise UserError(
             f"{weights.path}: its tubelets are {kernel[2]} frames long; the student's are 1"
         )
     hidden = dimensions(weights, f"{prefix}encoder.blocks.0.mlp.fc1.weight", 2)[0]
-    return {
+    sizes = {
         "vision.width": kernel[0],
         "vision.depth": count(weights, f"{prefix}encoder.blocks.{{}}."),
         "vision.mlp_ratio": hidden / kernel[0],
         "vision.patch": kernel[-1],
+    }
+    if not heads:
+        return sizes
+    return sizes | {
         "distill.layers": count(weights, f"{prefix}clip_decoder.{{}}."),
         "teacher.projection": dimensions(weights, f"{prefix}clip_decoder.0.head.weight", 2)[0],
     }
