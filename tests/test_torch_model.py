@@ -48,7 +48,8 @@ def batch_of(config: ConfigDict, frames: int = 2, seed: int = 0):
         vocab_size=config.text.vocab_size,
         seed=seed,
     )
-    batch["present"][0, 0] = False  # an instance that no frame shows: no NaN on either side
+    batch["present"][0, 0] = False  # an instance that but one frame shows
+    batch["present"][..., -1] = True
     return batch
 
 
@@ -256,9 +257,34 @@ def test_wrong_inputs_are_named(pair):
         model.encode_instances(frames, box[:, :, :1])
     with pytest.raises(ValueError, match="1 clips and 2 texts"):
         model.match(frames, np.zeros((2, 8), np.int64))
+    nan, nowhere = box.copy(), np.ones((1, 3, 2), bool)
+    nan[0, 1, 1, 2] = np.nan
+    with pytest.raises(ValueError, match="not pixels, and finite"):
+        model.encode_instances(frames, nan)
+    nowhere[0, 2] = False
+    with pytest.raises(ValueError, match="must be present in at least one frame"):
+        model.encode_instances(frames, box, nowhere)
+    with pytest.raises(ValueError, match="texts must be a sequence of texts, not one"):
+        model.encode_text("a red ball")
+    with pytest.raises(ValueError, match="uint8"):
+        model.encode_video(frames[:, :0])
+    with pytest.raises(ValueError, match="3 instances and 2 texts"):
+        model.match_instances(frames, box, [["a", "b"]])
     model.config["trained"] = {"terms": ["vtc"]}
     with pytest.raises(ValueError, match="the run had no term 'vtm'"):
         model.match(frames, np.zeros((1, 8), np.int64))
+
+
+def test_nothing_and_other_sequences_are_taken(pair, tmp_path):
+    model = torch_model.InstAP(pair.theirs.config, torch_model.Tokenizer("/none", "none", 8)).eval()
+    with torch.inference_mode():
+        assert model.encode_video([]).shape == (0, 16)  # and no tokenizer is opened
+        assert model.match([], np.zeros((0, 8), np.int64)).shape == (0,)
+        assert model.encode_instances([], []) == []
+        path = _words(tmp_path, "sentencepiece")
+        model.tokenizer = torch_model.Tokenizer(path, "sentencepiece", 8)
+        listed, tupled = (model.encode_text(kind(["a", "b"])) for kind in (list, tuple))
+        assert torch.equal(listed, tupled) and model.encode_text([]).shape == (0, 16)
 
 
 def test_module_needs_neither_jax_nor_us():

@@ -18,6 +18,7 @@ Letters: B clips, T frames, H W pixels, S side of the square the network sees, V
 clip, n instances of a clip, s text length, d width, p shared embedding.
 """
 
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -95,21 +96,15 @@ class Encoder(nn.Module):
         self.config = c
         patch = (1, c["patch"], c["patch"])
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv3d(3, c["width"], patch, patch)})
-        hidden = round(c["width"] * c["mlp_ratio"])
-        self.blocks = nn.ModuleList(
-            Block(c["width"], c["heads"], hidden) for _ in range(c["depth"])
-        )
+        sizes = c["width"], c["heads"], round(c["width"] * c["mlp_ratio"])
+        self.blocks = nn.ModuleList(Block(*sizes) for _ in range(c["depth"]))
         self.norm = nn.LayerNorm(c["width"], eps=VISION_EPSILON)
 
     def forward(self, video, mask=None, taps=0):
-        """Encodes normalised clips.
+        """Normalised clips [B, T, S, S, 3] -> [B, V, d]; with taps, the last so many layers in
+        their order, [taps, B, V, d]; after the final LayerNorm.
 
-        Args:
-          video: float [B, T, S, S, 3]. mask: bool [B, V], tokens that may be attended to.
-          taps: how many of the last layers to return.
-
-        Returns:
-          [B, V, d], or with taps [taps, B, V, d] in layer order; after the final LayerNorm.
+        mask: bool [B, V], tokens that may be attended to.
         """
         p, proj = self.config["patch"], self.patch_embed["proj"]
         b, t, height, width, _ = video.shape
@@ -163,15 +158,6 @@ def clip_codes(c, frames, side, device=None):
     return table.permute(0, 2, 3, 1).flatten(0, 2).to(device)
 
 
-class CrossAttention(QueryKeyValue):
-    def __init__(self, width, heads):
-        super().__init__(width, width, heads)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x, context):
-        return self.out(super().forward(x, context))
-
-
 class SceneBlock(nn.Module):
     """Equation (5): crop tokens look at the tokens of their scene; pre-norm, with residual."""
 
@@ -179,12 +165,13 @@ class SceneBlock(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=VISION_EPSILON)
         self.scene_norm = nn.LayerNorm(width, eps=VISION_EPSILON)
-        self.attention = CrossAttention(width, heads)
+        self.attention = QueryKeyValue(width, width, heads)
+        self.attention.out = nn.Linear(width, width)
 
     def forward(self, crops, scene):
         """crops [n, l, d], scene [V, d] of the one clip that they are of -> [n, l, d]."""
         context = self.scene_norm(scene)[None].expand(len(crops), -1, -1)
-        return crops + self.attention(self.norm(crops), context)
+        return crops + self.attention.out(self.attention(self.norm(crops), context))
 
 
 def masked_mean(tokens, mask):
@@ -339,37 +326,37 @@ class TextEncoder(nn.Module):
 
 
 class Tokenizer:
-    """Text to [CLS] ids [SEP] [PAD] ..., as in training.
-
-    Args:
-      path: sentencepiece .model or BERT vocab.txt, as `kind` says.
-      length: s.
-    """
+    """Text to [CLS] ids [SEP] [PAD] ..., s of them, as in training; `path` is a sentencepiece
+    .model or a BERT vocab.txt, as `kind` says."""
 
     def __init__(self, path, kind, length):
-        self.length = length
-        if kind == "sentencepiece":
+        self.path, self.kind, self.length = Path(path), kind, length
+
+    @functools.cached_property
+    def _words(self):
+        """(text -> ids, [CLS], [SEP]); only now, since video alone needs neither library."""
+        if self.kind == "sentencepiece":
             import sentencepiece
 
-            model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-            self._ids, names = model.encode, model.piece_to_id
-        else:
-            import tokenizers
+            model = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+            return model.encode, model.piece_to_id("[CLS]"), model.piece_to_id("[SEP]")
+        import tokenizers
 
-            lines = Path(path).read_bytes().decode("utf-8").removesuffix("\n").split("\n")
-            vocab = {line.rstrip("\r"): i for i, line in enumerate(lines)}
-            model = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
-            model.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
-            model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-            self._ids, names = lambda t: model.encode(t, add_special_tokens=False).ids, vocab.get
-        self._first, self._last = names("[CLS]"), names("[SEP]")
+        lines = self.path.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
+        vocab = {line.rstrip("\r"): i for i, line in enumerate(lines)}
+        model = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
+        model.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+        model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+        encode = functools.partial(model.encode, add_special_tokens=False)
+        return lambda text: encode(text).ids, vocab["[CLS]"], vocab["[SEP]"]
 
     def __call__(self, texts):
-        """list of B str -> int64 [B, s]."""
+        """B str -> int64 [B, s]."""
+        encode, first, last = self._words
         out = torch.full((len(texts), self.length), PAD_ID)
         for row, text in zip(out, texts):
-            ids = self._ids(text.encode("utf-8", "replace").decode("utf-8"))[: self.length - 2]
-            row[: len(ids) + 2] = torch.tensor([self._first, *ids, self._last])
+            ids = encode(text.encode("utf-8", "replace").decode("utf-8"))[: self.length - 2]
+            row[: len(ids) + 2] = torch.tensor([first, *ids, last])
         return out
 
 
@@ -382,11 +369,8 @@ def _tensor(values, device):
 def crop_and_resize(frames, boxes, size):
     """Cuts one box out of every frame, as Pillow's BILINEAR with `resize(box=...)`, antialiased.
 
-    Args:
-      frames: uint8 [T, H, W, 3]. boxes: float32 [T, 4], fractions, clamped to the picture.
-
-    Returns:
-      float32 [T, size, size, 3] in [0, 255].
+    uint8 [T, H, W, 3], float32 [T, 4] in fractions, clamped to the picture -> float32
+    [T, size, size, 3] in [0, 255].
     """
     height, width = frames.shape[1:3]
     boxes = boxes.float().clamp(0, 1)
@@ -412,7 +396,7 @@ class InstAP(nn.Module):
 
     Args:
       config: contents of an export's config.json.
-      tokenizer: list of str -> int64 [B, s]; None: texts are given as ids.
+      tokenizer: B str -> int64 [B, s]; None: texts are given as ids.
     """
 
     def __init__(self, config, tokenizer=None):
@@ -467,7 +451,9 @@ class InstAP(nn.Module):
         Returns:
           [B, p], l2-normalised.
         """
-        return self._embed(torch.stack([t.mean(0) for t in self.visual_tokens(frames)]))
+        nothing = self.temp.new_zeros(0, self.config["vision"]["width"])
+        means = (tokens.mean(0, keepdim=True) for tokens in self.visual_tokens(frames))
+        return self._embed(torch.cat([nothing, *means]))
 
     def encode_instances(self, frames, boxes, present=None):
         """Instances: their crops, after these have looked at their scenes.
@@ -475,7 +461,8 @@ class InstAP(nn.Module):
         Args:
           frames: as in `encode_video`.
           boxes: B arrays [n, T, 4], x0 y0 x1 y1 as fractions of the picture.
-          present: B arrays bool [n, T], frames in which the instance is in the picture; None: all.
+          present: B arrays bool [n, T], frames in which the instance is in the picture, at least
+            one of them; None: all.
 
         Returns:
           B tensors [n, p], l2-normalised.
@@ -483,28 +470,29 @@ class InstAP(nn.Module):
         return [self._embed(pooled) for pooled, _ in self._see_instances(frames, boxes, present)]
 
     def encode_text(self, texts):
-        """list of B str, or ids int [B, s] -> [B, p], l2-normalised."""
+        """B str, or ids int [B, s] -> [B, p], l2-normalised."""
         tokens = self.text_encoder.bert.encode(self.text_ids(texts))
         return functional.normalize(self.text_proj(tokens[:, 0]).float(), dim=-1, eps=1e-12)
 
     def match(self, frames, texts):
-        """Probability, float32 [B], that clip i and text i belong together, by the fusion layers.
-
-        Args:
-          frames: as in `encode_video`. texts: as in `encode_text`.
-        """
+        """Probability, float32 [B], that clip i and text i belong together, by the fusion layers;
+        clips as in `encode_video`, texts as in `encode_text`."""
         ids, visual = self.text_ids(texts), self.visual_tokens(frames)
         if len(ids) != len(visual):
             raise ValueError(f"{len(visual)} clips and {len(ids)} texts; match wants pairs")
         runs = itertools.groupby(zip(ids, visual), key=lambda pair: len(pair[1]))
-        return torch.cat([self._match("vtm", *map(torch.stack, zip(*run))) for _, run in runs])
+        found = [self._match("vtm", *map(torch.stack, zip(*run))) for _, run in runs]
+        return torch.cat(found) if found else torch.zeros(0, device=self.temp.device)
 
     def match_instances(self, frames, boxes, texts, present=None):
         """As `match`, for instances: `texts` are B lists of n str. Returns B tensors [n]."""
+        for own, sentences in zip(boxes, texts, strict=True):
+            if len(own) != len(sentences):
+                raise ValueError(f"{len(own)} instances and {len(sentences)} texts")
         seen = self._see_instances(frames, boxes, present)
         return [
             self._match("inst_vtm", self.text_ids(sentences), crop[:, None])
-            for (_, crop), sentences in zip(seen, texts, strict=True)
+            for (_, crop), sentences in zip(seen, texts)
         ]
 
     def visual_tokens(self, frames):
@@ -520,7 +508,9 @@ class InstAP(nn.Module):
 
     def text_ids(self, texts):
         """Texts or ids -> int64 [B, s] on the model's device."""
-        if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
+        if isinstance(texts, str):
+            raise ValueError("texts must be a sequence of texts, not one")
+        if isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts):
             texts = self.tokenizer(texts)
         return _tensor(texts, self.temp.device).long()
 
@@ -548,8 +538,10 @@ class InstAP(nn.Module):
             if b.shape[1:] != (len(clip), 4) or b.shape[:2] != here.shape:
                 shapes = f"boxes {list(b.shape)}, present {list(here.shape)}"
                 raise ValueError(f"{shapes}: must be [n, {len(clip)}, 4] and [n, {len(clip)}]")
-            if len(b) and (b.min() < -1 or b.max() > 2):
-                raise ValueError("boxes must be fractions of the picture, not pixels")
+            if not ((b > -1) & (b < 2)).all():
+                raise ValueError("boxes must be fractions of the picture, not pixels, and finite")
+            if not here.any(1).all():
+                raise ValueError("an instance must be present in at least one frame")
             seen.append(self._see_crops(clip, b, here, scene))
         return seen
 
@@ -594,6 +586,6 @@ class InstAP(nn.Module):
 
     def _clip(self, frames):
         clip = _tensor(frames, self.temp.device)
-        if clip.dtype != torch.uint8 or clip.ndim != 4 or clip.shape[-1] != 3:
+        if clip.dtype != torch.uint8 or clip.ndim != 4 or clip.shape[-1] != 3 or 0 in clip.shape:
             raise ValueError(f"a clip is uint8 [T, H, W, 3], not {clip.dtype} {list(clip.shape)}")
         return clip
