@@ -85,6 +85,9 @@ def _tokenizer() -> ConfigDict:
     # 'sentencepiece' (a .model file) or 'wordpiece' (a BERT vocab.txt).
     c.kind = "sentencepiece"
     c.path = placeholder(str)
+    # What texts go through first: 'plain', nothing; 'umt', UMT's own clean-up (pre_text), without
+    # which weights of UMT meet tokens that they never saw.
+    c.text = "plain"
     c.length = 32  # tokens s, [CLS] and [SEP] included (UMT)
     # Ids of [CLS] and [MASK] (masked language modelling), checked against the file. Sentencepiece
     # of `instap tokenizer`: 2 and 4; BERT's vocab.txt: 101 and 103.

@@ -28,6 +28,7 @@ CHOICES = {
     "data.sampling": ("random", "uniform"),
     "data.caption_sampling": ("epoch", "first"),
     "tokenizer.kind": ("sentencepiece", "wordpiece"),
+    "tokenizer.text": ("plain", "umt"),
     "distill.mask_score": ("cls", "received", "random"),
     "distill.mask_choice": ("sample", "topk"),
     "contrastive.loss": ("softmax", "sigmoid"),

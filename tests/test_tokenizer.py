@@ -1,5 +1,6 @@
 """Both tokenizers, their layout and faults, and the command that trains one."""
 
+import hashlib
 import json
 import pickle
 
@@ -15,6 +16,7 @@ from instap_jax.data.tokenizer import (
     check_vocab_size,
     load_tokenizer,
     train_sentencepiece,
+    umt_text,
 )
 from instap_jax.errors import UserError
 
@@ -103,6 +105,32 @@ def test_pickle_and_fingerprint(model, wordpiece):
         assert copy.fingerprint() == tokenizer.fingerprint()
     other = SentencePieceTokenizer(train_sentencepiece(TEXTS[:-1], 400))
     assert len({t.fingerprint() for t in (SentencePieceTokenizer(model), wordpiece, other)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("A man, in a red T-shirt, isn't out/in.", "a man in a red t shirt isnt out in"),
+        ("  Two   <person>s (at *home*): ~yes!?;#\"\n\n", "two persons at home yes "),
+        ("", ""),
+    ],
+)  # fmt: skip
+def test_umts_clean_up(wordpiece, tmp_path, text, cleaned):
+    """What `pre_text` of UMT's multi_modality/dataset/utils.py gives."""
+    path = str(tmp_path / "vocab.txt")
+    umt = load_tokenizer(
+        ConfigDict({"kind": "wordpiece", "path": path, "length": 32, "text": "umt"})
+    )
+    assert umt_text(text) == cleaned.rstrip()
+    np.testing.assert_array_equal(umt.encode(text, 32), wordpiece.encode(cleaned, 32))
+    assert umt.fingerprint() != wordpiece.fingerprint()
+    copy = pickle.loads(pickle.dumps(umt))
+    assert copy.text == "umt" and copy.fingerprint() == umt.fingerprint()
+
+
+def test_a_plain_fingerprint_is_what_it_was(tmp_path, wordpiece):
+    data = b"wordpiece\0" + (tmp_path / "vocab.txt").read_bytes()
+    assert wordpiece.fingerprint() == hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def test_config_faults(tmp_path, model):

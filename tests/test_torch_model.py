@@ -218,7 +218,8 @@ def test_pictures_of_the_same_jpeg(size):
 
 
 TEXT = st.one_of(
-    st.text(max_size=30), st.sampled_from(["", "[MASK] [SEP]", "A  red\tball.", "\ud800x"])
+    st.text(max_size=30),
+    st.sampled_from(["", "[MASK] [SEP]", "A  red\tball.", "a red-ball, isn't / it?", "\ud800x"]),
 )
 
 
@@ -232,11 +233,13 @@ def _words(tmp: Path, kind: str) -> Path:
     return path
 
 
+@pytest.mark.parametrize("clean", ["plain", "umt"])
 @pytest.mark.parametrize("kind", ["sentencepiece", "wordpiece"])
-def test_tokenizers_agree(kind, tmp_path_factory):
+def test_tokenizers_agree(kind, clean, tmp_path_factory):
     path = _words(tmp_path_factory.mktemp("words"), kind)
-    ours = load_tokenizer(ConfigDict({"kind": kind, "path": str(path), "length": 9}))
-    theirs = torch_model.Tokenizer(path, kind, 9)
+    config = {"kind": kind, "path": str(path), "length": 9, "text": clean}
+    ours = load_tokenizer(ConfigDict(config))
+    theirs = torch_model.Tokenizer(path, kind, 9, clean)
 
     @settings(max_examples=40, deadline=None)
     @given(TEXT)

@@ -6,6 +6,7 @@ from pathlib import Path
 import foreign
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 from test_convert import align_config, given, on_one_device
 from tiny import tiny_config
@@ -17,6 +18,7 @@ from instap_jax.commands.train import train_joined
 from instap_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from instap_jax.errors import UserError
 from instap_jax.evaluation.encoder import load_encoder
+from instap_jax.interop import torch_model
 from instap_jax.interop.export import export
 from instap_jax.interop.importing import convert
 from instap_jax.train import loop
@@ -177,3 +179,29 @@ def test_another_vocabulary_beside_the_weights_is_not_taken_for_the_given_one(tm
     )
     shutil.copy(path, beside)
     convert("umt", file, tmp_path / "out", given(config))
+
+
+def test_captions_of_a_converted_umt_are_cleaned_as_in_its_training(tmp_path):
+    file = umt_file(tmp_path / "in")
+    write_vocabulary(file.with_name("vocab.txt"), 60)
+    report = convert("umt", file, tmp_path / "out", None)
+    assert "tokenizer.text=umt" in report.assumed
+    model = instap_jax.load(tmp_path / "out", dtype="float32")
+    ours = model.encode_text(["W1, w2-w3!"])
+    np.testing.assert_array_equal(ours, model.encode_text(["w1 w2 w3"]))
+    export(tmp_path / "out", tmp_path / "torch", layout="torch")
+    theirs = torch_model.InstAP.from_pretrained(tmp_path / "torch").eval()
+    with torch.inference_mode():
+        np.testing.assert_allclose(ours, theirs.encode_text(["W1, w2-w3!"]), atol=1e-4)
+    convert("torch", tmp_path / "torch", tmp_path / "back", None)
+    assert config_check.read(tmp_path / "back").tokenizer.text == "umt"
+    export(tmp_path / "out", tmp_path / "umt", layout="umt")
+    shutil.copy(tmp_path / "out" / "vocab.txt", tmp_path / "umt")
+    convert("umt", tmp_path / "umt" / "umt.pth", tmp_path / "again", None)
+    assert config_check.read(tmp_path / "again").tokenizer.text == "umt"
+    config = align_config(**{"checkpoint.init_from": str(tmp_path / "out")})
+    config.tokenizer.update(kind="wordpiece", path=str(tmp_path / "out" / "vocab.txt"))
+    with pytest.raises(
+        UserError, match=r"was trained with tokenizer\.text='umt', not 'plain'; set"
+    ):
+        started("align", config)

@@ -24,6 +24,17 @@ KINDS = ("sentencepiece", "wordpiece")
 _MAX_LENGTH = 1 << 16  # tokens; only guards against a mistyped tokenizer.length
 
 
+def umt_text(text: str) -> str:
+    """As UMT's `pre_text` (multi_modality/dataset/utils.py) changes every caption."""
+    text = re.sub(r"[,.'!?\"()*#:;~]", "", text.lower())
+    text = text.replace("-", " ").replace("/", " ").replace("<person>", "person")
+    return re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
+
+
+# `tokenizer.text` -> what a text goes through before it is cut into tokens.
+CLEAN = {"plain": str, "umt": umt_text}
+
+
 class Tokenizer(Protocol):
     """What the pipeline and the objectives use of a tokenizer. Instances pickle to workers.
 
@@ -45,12 +56,18 @@ class Tokenizer(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """Returns a hash of kind and vocabulary: equal means that ids mean the same."""
+        """Returns a hash of kind, vocabulary and clean-up: equal means that ids mean the same."""
         ...
 
 
 class _Base:
-    """What both kinds share; a subclass sets the ids and defines `_ids`."""
+    """What both kinds share; a subclass sets the ids and defines `_ids`.
+
+    Attributes:
+      text: what texts go through first, in `CLEAN`.
+    """
+
+    text = "plain"
 
     def __init__(self, *, kind: str, data: bytes, vocab_size: int, special_ids: tuple[int, ...]):
         self.vocab_size = vocab_size
@@ -62,7 +79,7 @@ class _Base:
         """See `Tokenizer.encode`."""
         # Surrogates have no UTF-8 form and would raise in both libraries.
         text = text.encode("utf-8", "replace").decode("utf-8")
-        ids = self._ids(text)[: length - 2]
+        ids = self._ids(CLEAN[self.text](text))[: length - 2]
         out = np.full(length, self.pad_id, np.int32)
         out[0] = self.cls_id
         out[1 : len(ids) + 1] = ids
@@ -71,7 +88,8 @@ class _Base:
 
     def fingerprint(self) -> str:
         """See `Tokenizer.fingerprint`."""
-        return hashlib.blake2b(self._kind.encode() + b"\0" + self._data, digest_size=16).hexdigest()
+        kind = self._kind if self.text == "plain" else f"{self._kind} {self.text}"
+        return hashlib.blake2b(kind.encode() + b"\0" + self._data, digest_size=16).hexdigest()
 
     def __getstate__(self):
         # The libraries' own objects are built again in the worker, from the same bytes.
@@ -161,9 +179,11 @@ def load_tokenizer(tokenizer_config: ConfigDict) -> Tokenizer:
     except OSError as error:
         raise UserError(f"cannot read tokenizer.path {path!r}: {error.strerror}") from error
     try:
-        return (SentencePieceTokenizer if kind == "sentencepiece" else WordPieceTokenizer)(data)
+        found = (SentencePieceTokenizer if kind == "sentencepiece" else WordPieceTokenizer)(data)
     except ValueError as error:
         raise UserError(f"tokenizer.path {path!r} is no {kind} vocabulary: {error}") from error
+    found.text = tokenizer_config.get("text", "plain")
+    return found
 
 
 def check_vocab_size(tokenizer: Tokenizer, vocab_size: int, *, weights: str = "") -> None:

@@ -70,7 +70,8 @@ def export(workdir: Path, out: Path, *, layout: str) -> list[Entry]:
             name = config_check.TOKENIZER_FILES[config.tokenizer.kind]
             shutil.copyfile(config.tokenizer.path, aside / name)
         else:
-            _write_json(aside / umt.DESCRIPTION, {"trained": _trained(config, step)})
+            trained = _trained(config, step) | {"text": config.tokenizer.text}
+            _write_json(aside / umt.DESCRIPTION, {"trained": trained})
         content = {"source": str(workdir), "step": step, "totals": totals(written)}
         _write_json(aside / REPORT, content | {"entries": as_json(written)})
     return written
@@ -91,6 +92,7 @@ def describe(config: ConfigDict, step: int) -> dict:
         "kind": config.tokenizer.kind,
         "file": config_check.TOKENIZER_FILES[config.tokenizer.kind],
         "length": config.tokenizer.length,
+        "text": config.tokenizer.text,
     }
     return {
         "format": instap.FORMAT,

@@ -111,6 +111,7 @@ def plan(weights: Weights, config: ConfigDict | None) -> Plan:
     sizes = {k: tuple(flat[k]) if isinstance(flat[k], list) else flat[k] for k in wanted}
     if sizes["align.crop_size"] == sizes["vision.image_size"]:
         del sizes["align.crop_size"]  # which is what an unset one means
+    sizes["tokenizer.text"] = flat.get("tokenizer.text", "plain")  # older exports know no other
     trained = terms.recorded(weights, "config.json")
     instances = flat.get("align.instance_embedding") == "contextual"
     if trained is not None:

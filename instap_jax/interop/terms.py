@@ -17,7 +17,11 @@ from instap_jax.train.objectives import term_weights
 from instap_jax.train.objectives.align import TERMS
 
 KEY = "trained.terms"  # of an export's description
-OPTIONS = {"trained.frames": "data.frames", "trained.dtype": "compute.dtype"}
+OPTIONS = {
+    "trained.frames": "data.frames",
+    "trained.dtype": "compute.dtype",
+    "trained.text": "tokenizer.text",
+}
 
 
 def recorded(weights: Weights, name: str) -> tuple[str, ...] | None:

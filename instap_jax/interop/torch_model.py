@@ -21,6 +21,7 @@ clip, n instances of a clip, s text length, d width, p shared embedding.
 import functools
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -102,10 +103,8 @@ class Encoder(nn.Module):
 
     def forward(self, video, mask=None, taps=0):
         """Normalised clips [B, T, S, S, 3] -> [B, V, d]; with taps, the last so many layers in
-        their order, [taps, B, V, d]; after the final LayerNorm.
-
-        mask: bool [B, V], tokens that may be attended to.
-        """
+        their order, [taps, B, V, d]; after the final LayerNorm. mask: bool [B, V], tokens that may
+        be attended to."""
         p, proj = self.config["patch"], self.patch_embed["proj"]
         b, t, height, width, _ = video.shape
         x = video.reshape(b, t, height // p, p, width // p, p, 3).permute(0, 1, 2, 4, 6, 3, 5)
@@ -325,12 +324,19 @@ class TextEncoder(nn.Module):
         return self.cls["predictions"](tokens, self.bert.embeddings.word_embeddings.weight)
 
 
-class Tokenizer:
-    """Text to [CLS] ids [SEP] [PAD] ..., s of them, as in training; `path` is a sentencepiece
-    .model or a BERT vocab.txt, as `kind` says."""
+def umt_text(text):
+    """As UMT's `pre_text` (multi_modality/dataset/utils.py) changes every caption."""
+    text = re.sub(r"[,.'!?\"()*#:;~]", "", text.lower())
+    text = text.replace("-", " ").replace("/", " ").replace("<person>", "person")
+    return re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
 
-    def __init__(self, path, kind, length):
+
+class Tokenizer:
+    """Text to [CLS] ids [SEP] [PAD] ..., `length` of them; `kind` says what `path` holds."""
+
+    def __init__(self, path, kind, length, text="plain"):
         self.path, self.kind, self.length = Path(path), kind, length
+        self.clean = {"plain": str, "umt": umt_text}[text]
 
     @functools.cached_property
     def _words(self):
@@ -355,7 +361,8 @@ class Tokenizer:
         encode, first, last = self._words
         out = torch.full((len(texts), self.length), PAD_ID)
         for row, text in zip(out, texts):
-            ids = encode(text.encode("utf-8", "replace").decode("utf-8"))[: self.length - 2]
+            text = self.clean(text.encode("utf-8", "replace").decode("utf-8"))
+            ids = encode(text)[: self.length - 2]
             row[: len(ids) + 2] = torch.tensor([first, *ids, last])
         return out
 
@@ -435,8 +442,8 @@ class InstAP(nn.Module):
         config = json.loads((path / "config.json").read_text())
         if config.get("format") != FORMAT:
             raise ValueError(f"{path}/config.json is not an export of format {FORMAT!r}")
-        words = config["tokenizer"]
-        tokenizer = Tokenizer(path / words["file"], words["kind"], words["length"])
+        words = dict(config["tokenizer"])
+        tokenizer = Tokenizer(path / words.pop("file"), **words)
         with torch.device("meta"):  # no memory for values that are replaced at once
             model = cls(config, tokenizer)
         model.load_state_dict(load_file(path / "model.safetensors"), strict=True, assign=True)

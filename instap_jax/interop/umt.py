@@ -182,6 +182,7 @@ def _guesses(sizes: Mapping[str, Any]) -> dict[str, Any]:
         "teacher.projection": usual.teacher.projection,
     }
     if "text.width" in sizes:
+        guesses["tokenizer.text"] = "umt"
         guesses["text.heads"] = max(sizes["text.width"] // bert.CHANNELS, 1)
     return {key: value for key, value in guesses.items() if key not in sizes}
 

@@ -43,6 +43,12 @@ def check_tokenizer(config: ConfigDict, meta: dict[str, Any], workdir: str) -> N
     """What `check_same` does, for uses of a run that need no teacher."""
     if "inputs" not in meta:
         raise UserError(f"{workdir}: its checkpoint does not say what it was trained with")
+    own = meta.get("config", {}).get("tokenizer", {}).get("text", "plain")
+    if config.tokenizer.path and config.tokenizer.text != own:
+        raise UserError(
+            f"{workdir} was trained with tokenizer.text={own!r}, not {config.tokenizer.text!r}; "
+            "set it so"
+        )
     if _fingerprint(config) != meta["inputs"]["tokenizer"]:
         raise UserError(
             f"{config.tokenizer.path} is not the tokenizer that {workdir} was trained with"
