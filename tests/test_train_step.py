@@ -17,6 +17,7 @@ from instap_jax.errors import UserError
 from instap_jax.models import depth
 from instap_jax.train import flops, optimizer
 from instap_jax.train.feed import abstract_batch, batch_shape, kind_of_step
+from instap_jax.train.objectives import OBJECTIVES
 from instap_jax.train.program import build_program, offloaded_bytes
 from instap_jax.types import Kind
 
@@ -144,6 +145,34 @@ def test_decay_spares_biases_norms_tables_and_temperatures():
         "head": True,
         "temperature": False,
     }
+
+
+# Last words of the names of every parameter that the stages have, by whether it is decayed.
+DECAYED = {"kernel", "qkv", "query", "key_value", "words"}
+SPARED = {
+    "bias", "qkv_bias", "query_bias", "key_value_bias", "scale", "positions", "token_types",
+    "class_token", "temperature", "instance_temperature",
+    "contrastive_bias", "instance_contrastive_bias",
+}  # fmt: skip
+
+
+def abstract_params(part):
+    config = tiny_config(part)
+    config.classify.classes = ("a", "b")
+    stage = OBJECTIVES[config.stage]
+    return nnx.state(nnx.eval_shape(lambda: stage.create(config, nnx.Rngs(0))))
+
+
+def test_decay_of_every_parameter_of_every_stage():
+    """Attention's biases have three axes, and none of them is a weight of a product."""
+    parts = ("teacher", "stage1", "stage2,box_codes", "stage2,sigmoid", "ground", "classify")
+    found = {
+        (path[-1], leaf.get_value())
+        for part in parts
+        for path, leaf in nnx.to_flat_state(optimizer.decay_mask(abstract_params(part)))
+    }
+    assert {name for name, decays in found if decays} == DECAYED
+    assert {name for name, decays in found if not decays} == SPARED
 
 
 def test_layer_decay_falls_towards_the_input():

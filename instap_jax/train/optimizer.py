@@ -55,16 +55,17 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def decay_mask(params: nnx.State) -> nnx.State:
-    """True for weight matrices, False for biases, norms, tables and temperatures.
+    """True for weight matrices and word embeddings, False for biases, norms, `NO_DECAY`.
 
-    `logical_axes` describes a parameter without its stacked layer axis, so a bias of a scanned
-    layer is still seen as one-dimensional.
+    Biases are known by their name: those of attention have an axis for each of query, key and
+    value and one for the heads. Norms' scales are known by their single axis: `logical_axes`
+    describes a parameter without its stacked layer axis.
     """
 
     def decays(path, leaf: nnx.Variable):
-        name = jax.tree_util.keystr(path)
-        axes = leaf.get_metadata().get("logical_axes", ())
-        return leaf.replace(len(axes) >= 2 and not any(word in name for word in NO_DECAY))
+        keys = _keys(path)
+        spared = keys[-1].endswith("bias") or any(word in key for word in NO_DECAY for key in keys)
+        return leaf.replace(len(leaf.get_metadata().get("logical_axes", ())) >= 2 and not spared)
 
     return _map_variables(decays, params)
 
