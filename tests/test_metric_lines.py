@@ -6,7 +6,8 @@ import pytest
 from tiny import tiny_config
 
 from instap_jax.errors import UserError
-from instap_jax.train.metrics import MetricWriter, read_metrics
+from instap_jax.train.metrics import MetricWriter, StepMeans, read_metrics
+from instap_jax.types import Kind
 
 CONFIG = tiny_config("stage1")
 
@@ -69,3 +70,27 @@ def test_a_full_disk_is_one_line(tmp_path):
             writer.write(1, {"loss": 1.0})
         finally:
             writer.close()
+
+
+def test_a_line_has_the_means_of_its_steps_and_of_each_kind():
+    means = StepMeans(split=True, kept=None)
+    means.add(Kind.VIDEO, {"loss": 6.0, "learning_rate": 0.1})
+    means.add(Kind.VIDEO, {"loss": float("nan"), "learning_rate": 0.2})  # its update was skipped
+    kept = json.loads(json.dumps(means.state()))  # as a checkpoint keeps it
+    means = StepMeans(split=True, kept=kept)
+    means.add(Kind.IMAGE, {"loss": 1.0, "learning_rate": 0.3})
+    means.add(Kind.VIDEO, {"loss": 4.0, "learning_rate": 0.4})
+    assert means.read() == {
+        "loss": pytest.approx(11 / 3), "loss_video": 5.0, "loss_image": 1.0,
+        "kind_video": 0.75, "kind_image": 0.25, "learning_rate": 0.4,
+    }  # fmt: skip
+    means.add(Kind.IMAGE, {"loss": 3.0, "learning_rate": 0.5})
+    assert means.read() == {
+        "loss": 3.0, "loss_image": 3.0, "kind_image": 1.0, "learning_rate": 0.5
+    }  # fmt: skip
+
+
+def test_of_one_kind_nothing_is_told_apart():
+    means = StepMeans(split=False, kept=None)
+    means.add(Kind.VIDEO, {"loss": 2.0})
+    assert means.read() == {"loss": 2.0, "kind_video": 1.0}

@@ -138,6 +138,24 @@ def test_the_note_on_running_means_says_the_least_window(tmp_path):
     assert report_plots.running_mean(np.arange(11.0)) is None
 
 
+def test_losses_of_both_kinds_and_lines_beside_those_of_validation(tmp_path):
+    lines = [
+        line
+        for step in (1, 2)
+        for line in (
+            {"step": step, "loss": 3.0, "loss_video": 4.0 / step, "loss_image": 2.0},
+            {"step": step, "eval/val/global/mean_recall": 50.0},
+        )
+    ]
+    workdir = make_run(tmp_path / "a", lines=lines, results=False)
+    facts = report_runs.facts(report_runs.load_runs([workdir])[0])
+    assert facts["loss, first → last"].startswith("3 → 3 ")
+    assert facts["loss of videos, first → last"].startswith("4 → 2 ")
+    assert facts["loss of images, first → last"].startswith("2 → 2 ")
+    text = read(write_report([workdir], tmp_path / "r.html")).text
+    assert "Loss of video batches" in text and "eval/val/global/mean_recall" in text
+
+
 def test_missing_parts_are_said(tmp_path):
     no_log = make_run(tmp_path / "no-log")
     (no_log / "metrics.jsonl").unlink()

@@ -116,6 +116,19 @@ def test_resumed_equals_uninterrupted_bit_for_bit(made, teacher, tmp_path, stage
     assert timeless(tmp_path / "whole") == timeless(parts)
 
 
+def test_lines_tell_both_kinds_whatever_step_writes_them(made, tmp_path):
+    """Every second step is of images, and every second step writes a line."""
+    every_other = {"log.every": 2, "data.image_fraction": 0.5}
+    run(teacher_config(made, **every_other), tmp_path / "whole")
+    lines = read_metrics(tmp_path / "whole")
+    assert [line["step"] for line in lines] == [1, 2, 4, 6]
+    assert all(line["loss_video"] != line["loss_image"] for line in lines[2:])
+    assert all(line["kind_video"] == line["kind_image"] == 0.5 for line in lines[2:])
+    run(teacher_config(made, stop_at=3, **every_other), tmp_path / "parts")  # amid a line
+    run(teacher_config(made, **every_other), tmp_path / "parts")
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts")
+
+
 def test_crash_costs_the_steps_since_the_last_checkpoint(made, teacher, tmp_path, monkeypatch):
     whole = run(student_config(made, teacher), tmp_path / "whole")
     workdir = tmp_path / "run"

@@ -43,6 +43,8 @@ class _Panel:
 # What every report shows, in this order.
 _PANELS = {
     "loss": _Panel(title="Loss", unit="loss"),
+    "loss_video": _Panel(title="Loss of video batches", unit="loss"),
+    "loss_image": _Panel(title="Loss of image batches", unit="loss"),
     "learning_rate": _Panel(
         title="Learning rate", unit="learning rate", from_zero=True, smooth=False
     ),

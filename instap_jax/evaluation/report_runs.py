@@ -108,7 +108,7 @@ def facts(run: Run) -> dict[str, str]:
         "steps": _steps(run),
         "samples per step": str(data.get("batch_size", DASH)),
         **_speed(run),
-        "loss, first → last": _loss(run),
+        **_losses(run),
         "unreadable samples": _faults(run),
     }
 
@@ -189,7 +189,8 @@ def _read_cases(path: Path, task: str) -> list[Case]:
 
 
 def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Lines sorted by step, the last one of a repeated step; and how many could not be read."""
+    """One line for each step, sorted, the last value of what is there twice; and how many could
+    not be read."""
     try:
         total = sum(1 for line in (path / METRICS).open(encoding="utf-8") if line.strip())
         lines = [line for line in read_metrics(path) if _is_step(line["step"])]
@@ -198,7 +199,9 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
         raise UserError(f"{path / METRICS} is not a metrics file ({reason})") from error
     if total and not lines:
         raise UserError(f"{path / METRICS} is not a metrics file (none of its lines has a step)")
-    by_step = {line["step"]: line for line in lines}
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in lines:  # validation has a line beside the step's own
+        by_step.setdefault(line["step"], {}).update(line)
     return [by_step[step] for step in sorted(by_step)], total - len(lines)
 
 
@@ -263,8 +266,18 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def _loss(run: Run) -> str:
-    values = series(run, "loss")[1]
+def _losses(run: Run) -> dict[str, str]:
+    """Of all steps, and of each kind of batch where the log tells them apart."""
+    names = {"loss": "loss", "loss_video": "loss of videos", "loss_image": "loss of images"}
+    return {
+        f"{label}, first → last": _loss(run, name)
+        for name, label in names.items()
+        if name == "loss" or len(series(run, name)[0])
+    }
+
+
+def _loss(run: Run, name: str) -> str:
+    values = series(run, name)[1]
     if not len(values):
         return DASH
     tail = values[-max(1, len(values) // 20) :]

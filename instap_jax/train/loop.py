@@ -27,7 +27,7 @@ from instap_jax.train.clock import StepClock
 from instap_jax.train.feed import Fed, Feed
 from instap_jax.train.guard import Alarm, Guard
 from instap_jax.train.initialise import initial_params, load_frozen
-from instap_jax.train.metrics import MetricWriter
+from instap_jax.train.metrics import MetricWriter, StepMeans
 from instap_jax.train.peers import Agreement, Watchdog
 from instap_jax.train.profiling import Tracer, use_compile_cache
 from instap_jax.train.program import Program, build_program
@@ -105,10 +105,12 @@ def _run(
         return state
     if _is_main():
         print(_summary(config, mesh, state, start, last))
-    guard = Guard(config, kept.get("guard") if kept else None)
+    guard = Guard(config, (kept or {}).get("guard"))
+    both = bool(config.data.videos and config.data.images)
+    means = StepMeans(split=both, kept=(kept or {}).get("log"))
     feed = Feed(config, mesh, start_step=start, state=kept)
     writer = MetricWriter(workdir, config, resume_step=start) if _is_main() else None
-    tools = checkpointer, feed, writer, stop, selection, guard
+    tools = checkpointer, feed, writer, means, stop, selection, guard
     run = _Run(config, workdir, mesh, program, *tools, made_with=found)
     try:
         return run.steps(state, frozen, start, last)
@@ -130,6 +132,7 @@ class _Run:
         checkpointer: Checkpointer,
         feed: Feed,
         writer: MetricWriter | None,
+        means: StepMeans,
         stop: StopRequest,
         selection: Selection,
         guard: Guard,
@@ -138,7 +141,8 @@ class _Run:
     ):
         self._selection, self._guard, self._workdir = selection, guard, workdir
         self._config, self._mesh, self._program, self._stop = config, mesh, program, stop
-        self._checkpointer, self._feed, self._writer = checkpointer, feed, writer
+        self._checkpointer, self._feed = checkpointer, feed
+        self._writer, self._means = writer, means
         self._inputs = made_with
         self._flops: dict = {}
         self._clock = StepClock()
@@ -194,11 +198,11 @@ class _Run:
         if alarm := self._guard.judge(fed.kind, scalars):
             self._sound(alarm, step, fed, state, scalars)
         self._clock.step(fed.samples, self._flops.get(fed.kind))
+        self._means.add(fed.kind, {k: v for k, v in scalars.items() if k != "refused"})
         if step % self._config.log.every == 0 or step == 1:
-            del scalars["refused"]
-            scalars |= self._clock.read() | {f"kind_{fed.kind}": 1.0} | self._counts()
+            line = self._means.read() | self._clock.read() | self._counts()
             if self._writer:
-                self._writer.write(step, scalars)
+                self._writer.write(step, line)
         return f"loss {scalars['loss']:.4f}"
 
     def _sound(
@@ -257,7 +261,7 @@ class _Run:
     def _save(self, state: TrainState, step: int, fed: Fed, *, wait: bool) -> None:
         if self._writer:
             self._writer.sync()
-        data = fed.state | {"guard": self._guard.state()}
+        data = fed.state | {"guard": self._guard.state(), "log": self._means.state()}
         self._checkpointer.save(state, step, data=data, meta=self._meta(), wait=wait)
 
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
 from instap_jax.errors import UserError
+from instap_jax.types import Kind
 
 
 class MetricWriter:
@@ -76,6 +77,56 @@ class MetricWriter:
             self._board.close()
         if self._wandb:
             self._wandb.finish()
+
+
+# Of a line's last step; everything else is a mean over its steps.
+_OF_LAST_STEP = ("learning_rate", "param_norm")
+
+
+class StepMeans:
+    """Means of the metrics over the steps of a line, of all and of each kind of batch.
+
+    Which kind a step takes is periodic in its number, and so is which step writes a line: metrics
+    of that step alone could be of the same kind for ever.
+
+    Args:
+      split: whether there are two kinds, told apart as NAME_video and NAME_image.
+      kept: of an earlier `state()`, amid a line; None at the start of one.
+    """
+
+    def __init__(self, *, split: bool, kept: dict[str, Any] | None):
+        self._split = split
+        self._steps: dict[str, int] = kept["steps"] if kept else {}
+        # name -> kind -> [sum, how many]
+        self._sums: dict[str, dict[str, list]] = kept["sums"] if kept else {}
+        self._last: dict[str, float] = {}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, JSON-able: a resumed run writes the uninterrupted one's line."""
+        return {"steps": self._steps, "sums": self._sums}
+
+    def add(self, kind: Kind, scalars: dict[str, float]) -> None:
+        """Adds a step; what is not finite, of an update that was skipped, is left out."""
+        self._steps[str(kind)] = self._steps.get(str(kind), 0) + 1
+        for name, value in scalars.items():
+            if name in _OF_LAST_STEP:
+                self._last[name] = value
+            elif math.isfinite(value):
+                total, count = self._sums.setdefault(name, {}).get(str(kind), (0.0, 0))
+                self._sums[name][str(kind)] = [total + value, count + 1]
+
+    def read(self) -> dict[str, float]:
+        """The means since the last reading; `kind_KIND` is the share of its steps."""
+        line = {}
+        for name, by_kind in self._sums.items():
+            totals, counts = zip(*by_kind.values())
+            line[name] = sum(totals) / sum(counts)
+            if self._split:
+                line |= {f"{name}_{kind}": total / n for kind, (total, n) in by_kind.items()}
+        steps = sum(self._steps.values())
+        line |= {f"kind_{kind}": count / steps for kind, count in self._steps.items()}
+        self._steps, self._sums = {}, {}
+        return line | self._last
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
