@@ -9,15 +9,20 @@ from pathlib import Path
 
 import jax
 import pytest
+from test_train import run as train
 from tiny import tiny_config
 
 from instap_jax import main, sharding
+from instap_jax.errors import UserError
 from instap_jax.models import depth
 from instap_jax.preflight import host, inputs, rows, run, trial
 from instap_jax.preflight.rows import Row, Status
 from instap_jax.train.feed import abstract_batch
+from instap_jax.train.inputs import identify
 from instap_jax.train.program import build_program, offloaded_bytes
 from instap_jax.types import Kind
+
+GUARD_AFTER_THREE = {"refused": 3, "spikes": 0, "losses": {}}
 
 
 def small_config(small_set, **changes):
@@ -122,6 +127,55 @@ def test_a_teacher_that_is_missing(small_set, tmp_path):
     config = tiny_config("stage1", **{"data.videos": f"{small_set}/packed:train"})
     row = inputs.checkpoints(config, tmp_path)
     assert row.status is Status.FAIL and "config.teacher.checkpoint" in row.found
+
+
+@pytest.fixture(scope="module")
+def stopped(small_set, tmp_path_factory):
+    """The workdir of a run that has taken two steps of six, with a tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("stopped")
+    shutil.copy(small_set / "tokenizer.model", folder)
+    config = small_config(
+        small_set, **{"tokenizer.path": f"{folder}/tokenizer.model", "checkpoint.every": 1}
+    )
+    config.stop_at = 2
+    train(config, folder / "run")
+    return config, folder / "run"
+
+
+def test_a_run_that_goes_on_is_looked_at_as_training_does(small_set, stopped, tmp_path, capsys):
+    config, workdir = stopped
+    row = inputs.checkpoints(config, workdir)
+    assert row == rows.passed(
+        "checkpoints", "the workdir holds a run, which will go on from step 2"
+    )
+    damaged = tmp_path / "damaged"
+    shutil.copytree(workdir, damaged)
+    for step in (2, 1):  # what training passes over, preflight does too, and leaves where it is
+        (damaged / "checkpoints" / str(step) / "optimizer" / "_METADATA").write_bytes(b"")
+        row = rows.attempt("checkpoints", lambda: inputs.checkpoints(config, damaged))
+        assert (row.status is Status.FAIL) == (step == 1)
+        assert ("go on from step 1" in row.found) == (step == 2)
+    assert "holds no intact checkpoint" in row.found
+    assert "checkpoints/2 is damaged and passed over for 1" in capsys.readouterr().err
+    assert {path.name for path in (damaged / "checkpoints").iterdir()} >= {"1", "2"}
+
+
+def test_a_run_that_training_would_refuse_fails_here(small_set, stopped, tmp_path, monkeypatch):
+    config, workdir = stopped
+    monkeypatch.setattr(
+        inputs.checkpoint, "read_resumed",
+        lambda name: (2, {"inputs": identify(config)}, {"guard": GUARD_AFTER_THREE}),
+    )  # fmt: skip
+    with pytest.raises(UserError, match="has skipped 3 updates"):
+        inputs.checkpoints(config, workdir)
+    monkeypatch.undo()
+    other = config.copy_and_resolve_references()
+    other.tokenizer.path = str(tmp_path / "other.model")
+    annotations = f"--annotations={small_set}/set/annotations.jsonl"
+    assert main.main(["tokenizer", annotations, f"--out={other.tokenizer.path}",
+                      "--vocab_size=310"]) == 0  # fmt: skip
+    with pytest.raises(UserError, match="is not the tokenizer that"):
+        inputs.checkpoints(other, workdir)
 
 
 def test_input_too_slow_for_the_steps(small_set):

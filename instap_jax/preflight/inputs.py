@@ -14,6 +14,8 @@ from instap_jax.data.records import open_source
 from instap_jax.errors import UserError
 from instap_jax.preflight.rows import Row, failed, gather, passed, warned
 from instap_jax.train import checkpoint
+from instap_jax.train.guard import Guard
+from instap_jax.train.inputs import check_same
 from instap_jax.types import Kind
 
 _KINDS = {"videos": Kind.VIDEO, "images": Kind.IMAGE}
@@ -68,7 +70,8 @@ def tokenizer(config: ConfigDict) -> Row:
 
 
 def checkpoints(config: ConfigDict, workdir: Path) -> Row:
-    """Where parameters will come from, and whether those runs are there."""
+    """Where parameters will come from, and whether those runs are there; in a workdir that holds a
+    run, everything that training looks at before it restores."""
     sources = {
         "config.teacher.checkpoint": (config.teacher.checkpoint, "newest", needs_teacher(config)),
         "config.checkpoint.init_from": (
@@ -78,7 +81,8 @@ def checkpoints(config: ConfigDict, workdir: Path) -> Row:
         ),
         "config.text.checkpoint": (config.text.checkpoint, "newest", False),
     }
-    if where := _not_everywhere([path for path, *_ in sources.values() if path]):
+    paths = [path for path, *_ in sources.values() if path]
+    if where := _not_everywhere([*paths, str(workdir)]):
         return failed("checkpoints", where, "put it on storage that all hosts see")
     found = []
     for key, (path, which, needed) in sources.items():
@@ -87,9 +91,24 @@ def checkpoints(config: ConfigDict, workdir: Path) -> Row:
         if path:
             step, _ = checkpoint.read_meta(path, which=which)
             found.append(f"{key.split('.')[1]} at step {step}")
-    if (workdir / "config.json").exists() and (workdir / checkpoint.DIRECTORY).exists():
-        found.append("the workdir holds a run, which will go on")
-    return passed("checkpoints", "; ".join(found) or "none needed")
+    return passed("checkpoints", "; ".join(found + _resumed(config, workdir)) or "none needed")
+
+
+def _resumed(config: ConfigDict, workdir: Path) -> list[str]:
+    """From where the run of the workdir goes on, if it holds one.
+
+    Raises:
+      UserError: training would refuse to go on.
+    """
+    if not (workdir / checkpoint.DIRECTORY).exists():
+        return []
+    resumed = checkpoint.read_resumed(str(workdir))
+    if resumed is None:
+        return []
+    step, meta, data = resumed
+    check_same(config, meta, str(workdir))
+    Guard(config, data.get("guard"))  # raises where it has already skipped too much
+    return [f"the workdir holds a run, which will go on from step {step}"]
 
 
 def _not_everywhere(paths: Sequence[str]) -> str:

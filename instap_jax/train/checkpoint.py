@@ -205,6 +205,34 @@ def read_meta(workdir: str, *, which: str = NEWEST) -> tuple[int, dict[str, Any]
         return step, restored.meta
 
 
+def refuse_converted(manager: ocp.CheckpointManager, workdir: str) -> None:
+    """Raises UserError where `workdir` holds converted weights: no run goes on from those."""
+    if manager.latest_step() == CONVERTED:
+        raise UserError(
+            f"{workdir} holds converted weights, not a run to go on with: train in another "
+            "--workdir, with --config.checkpoint.init_from naming this one"
+        )
+
+
+def read_resumed(workdir: str) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
+    """(step, meta, data) of the checkpoint that a run goes on from; None where it has none.
+
+    That is the newest of which all items are intact; nothing is moved or restored.
+
+    Raises:
+      UserError: none is intact, or what is there was converted.
+    """
+    with _reader(workdir, NEWEST) as manager:
+        refuse_converted(manager, workdir)
+        step, _ = newest_intact(manager, ITEMS)
+        if step is None:
+            return None
+        wanted = ocp.args.Composite(meta=ocp.args.JsonRestore(), data=ocp.args.JsonRestore())
+        with storage_faults(f"{manager.directory}/{step} cannot be read"):
+            restored = manager.restore(step, args=wanted)
+        return step, restored.meta, restored.data
+
+
 def read_params(
     workdir: str,
     abstract: Any,

@@ -15,10 +15,10 @@ from etils import epath
 from instap_jax.errors import UserError
 from instap_jax.train import integrity
 from instap_jax.train.checkpoint import (
-    CONVERTED,
     DIRECTORY,
     ITEMS,
     open_manager,
+    refuse_converted,
     set_aside_damaged,
     storage_faults,
 )
@@ -55,11 +55,7 @@ class Checkpointer:
         )
         with storage_faults(f"{workdir}: cannot open its checkpoints"):
             self._manager = open_manager(workdir, options)
-        if self._manager.latest_step() == CONVERTED:
-            raise UserError(
-                f"{workdir} holds converted weights, not a run to go on with: train in another "
-                "--workdir, with --config.checkpoint.init_from naming this one"
-            )
+        refuse_converted(self._manager, workdir)
         set_aside_damaged(self._manager, workdir, ITEMS)
         self._place = _identity(self._manager.directory)
 
