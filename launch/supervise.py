@@ -17,6 +17,7 @@ Standard library only: it runs where nothing is installed yet.
 import argparse
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -173,12 +174,14 @@ class Starts:
     def count(self, step: int | None) -> int:
         """Starts of this run, the last ones in a row, from the checkpoint `step`."""
         try:
-            lines = [json.loads(line) for line in self._path.read_text().splitlines()]
-        except (OSError, ValueError):
+            texts = self._path.read_text(errors="replace").splitlines()
+        except OSError:
             return 0
         count = 0
-        for line in reversed([line for line in lines if line["run_id"] == self._run_id]):
-            if line["step"] != step:
+        for line in map(_parsed, reversed(texts)):
+            if line.get("run_id") != self._run_id:  # of another run, or torn by a crash
+                continue
+            if line.get("step") != step:
                 break
             count += 1
         return count
@@ -186,8 +189,20 @@ class Starts:
     def add(self, step: int | None) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         line = {"time": time.time(), "run_id": self._run_id, "step": step}
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        with self._path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+            torn = file.read(1) not in (b"", b"\n")  # by a crash: it costs itself alone
+            file.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
+
+
+def _parsed(line: str) -> dict:
+    """A line of the record; {} where it cannot be read."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def launch_dir(workdir: Path) -> Path:

@@ -119,6 +119,20 @@ def test_once_counts_starts_across_supervisors(tmp_path):
     assert run_supervisor(tmp_path, *other, script="exit(0)").returncode == 0
 
 
+@pytest.mark.parametrize("torn", [b'{"time": 17', b"\xff\x00\n", b"[3]\n", b"{}\n", b"\n"])
+def test_a_torn_record_of_a_start_costs_itself_alone(tmp_path, torn):
+    record = supervise.Starts(tmp_path / "run", "a", "")
+    assert record.count(5) == 0
+    for _ in range(2):
+        record.add(5)
+    assert record.count(5) == 2
+    path = tmp_path / "run.launch" / "starts.jsonl"
+    path.write_bytes(path.read_bytes() + torn)
+    assert record.count(5) == 2
+    record.add(5)
+    assert record.count(5) == 3 and record.count(6) == 0
+
+
 def test_sigterm_reaches_the_command_and_nothing_starts_again(tmp_path):
     script = (
         "import signal, sys, time\n"
