@@ -315,6 +315,9 @@ def _relation_faults(config: ConfigDict) -> list[str]:
         faults.append(f"data.image_fraction={c.data.image_fraction} must be in [0, 1]")
     if not c.optimizer.warmup_steps < c.steps:
         faults.append(f"optimizer.warmup_steps={c.optimizer.warmup_steps} must be below steps")
+    low, high = c.optimizer.min_learning_rate, c.optimizer.learning_rate
+    if low > high:
+        faults.append(f"optimizer.min_learning_rate={low} is above the peak, learning_rate={high}")
     if c.contrastive.loss != "softmax" and c.stage != "align":
         faults.append(f"contrastive.loss={c.contrastive.loss!r} is of stage 'align' alone")
     if needs_teacher(c):

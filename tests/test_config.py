@@ -119,6 +119,7 @@ def test_wrong_values_of_stage_2_are_named(changes, message):
         ({"distill.layers": 25}, "more than the depth"),
         ({"data.batch_size": 0}, "data.batch_size=0 must be positive"),
         ({"optimizer.warmup_steps": 1000}, "must be below steps"),
+        ({"optimizer.learning_rate": 5e-6}, "min_learning_rate=1e-05 is above the peak"),
         ({"compute.dtype": "float16"}, "none of bfloat16, float32"),
         ({"data.device_prefetch": -1}, "must not be negative"),
         ({"data.group_size": 0}, "data.group_size=0 must be positive"),
