@@ -250,7 +250,9 @@ def _optimizer() -> ConfigDict:
     c.weight_decay = 0.05  # not on biases, norms, position tables and temperatures
     c.layer_decay = 1.0  # the k-th block from the top learns at rate * this ** k
     c.clip_norm = placeholder(float)  # global gradient norm; unset: no clipping
-    c.accumulate = 1  # gradients averaged over this many batches before an update
+    # Parts in which a step's one batch is computed, one after another, and whose gradients are
+    # averaged: it saves memory. Each contrast sees the samples of its part alone.
+    c.accumulate = 1
     return c
 
 
