@@ -25,7 +25,7 @@ from instap_jax.config_check import LoadedConfig
 from instap_jax.evaluation.results import write_result
 from instap_jax.study import plot, runner, runs, tables
 from instap_jax.study.statistics import T_QUANTILES, estimate, paired_difference
-from instap_jax.study.summary import Column, Line, Summary
+from instap_jax.study.summary import Column, Line, Summary, markdown
 from instap_jax.study.tables import TABLES, Row, Table
 from instap_jax.train.stop import StopRequest
 
@@ -285,6 +285,34 @@ def test_the_picture_tells_what_is_not_there_by_design(tmp_path, monkeypatch):
     first, second, third, _ = summary.lines
     assert summary.gap([first, third], [ranked]) == "not yet run"
     assert summary.gap([first, second], [ranked]) == "—"
+
+
+@pytest.mark.parametrize(
+    ("metric", "title", "ends"),
+    [
+        ("t2v/R@1", "t2v/R@1 (%)", (0, 100)),
+        ("colour/accuracy", "colour/accuracy (%)", (0, 100)),
+        ("mean IoU", "mean IoU (%)", (0, 100)),
+        ("top-5", "top-5 (%)", (0, 100)),
+        ("t2v/median_rank", "t2v/median rank", (60 - 12.7062 * 58, 60 + 12.7062 * 58)),
+        ("v2t/queries", "v2t/queries", (60 - 12.7062 * 58, 60 + 12.7062 * 58)),
+    ],
+)
+def test_ranks_and_counts_are_no_percentages(tmp_path, monkeypatch, metric, title, ends):
+    column = Column(unit="global captions", scoring="dual encoder", suite="val", metric=metric)
+    line = Line(name="a", label="a", rival="", steps=1, step_seconds=None, differences={},
+                seeds=(0, 1), values={column: {0: 2.0, 1: 118.0}})  # fmt: skip
+    summary = Summary(
+        title="", columns=(column,), seeds=(0, 1), protocols=(), notes=(), lines=(line,)
+    )
+    assert f"## global captions: {title}, dual encoder\n" in markdown(summary)
+    kept = []
+    monkeypatch.setattr(plot.Figure, "savefig", lambda figure, path, **_: kept.append(figure))
+    monkeypatch.setattr(plot.os, "replace", lambda *_: None)
+    plot.plot(summary, tmp_path / "a.png")
+    (axis,) = kept[0].axes
+    assert axis.get_xlabel() == title
+    assert tuple(axis.lines[0].get_xdata()) == pytest.approx(ends, rel=1e-4)
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(desk, capsys, monkeypatch):

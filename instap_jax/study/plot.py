@@ -29,10 +29,10 @@ def plot(summary: Summary, path: Path) -> None:
     axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for axis, (group, columns) in zip(axes, groups.items()):
         _panel(axis, summary, columns, suites)
-        metric, scoring, unit = group
+        _, scoring, unit = group
         title = unit if len({other for _, other, _ in groups}) == 1 else f"{unit}\n{scoring}"
         axis.set_title(title, fontsize=10, color=_INK)
-        axis.set_xlabel(f"{metric.replace('_', ' ')} (%)", color=_MUTED, fontsize=9)
+        axis.set_xlabel(columns[0].title(), color=_MUTED, fontsize=9)
     axes[0].set_yticks(range(len(summary.lines)), [line.label for line in summary.lines])
     axes[0].set_ylim(len(summary.lines) - 0.5, -0.5)
     handles = [
@@ -77,7 +77,9 @@ def _draw(axis, y: float, line: Line, column: Column, colour: str) -> None:
     if found is None:
         return
     if found.half is not None:
-        ends = max(found.mean - found.half, 0), min(found.mean + found.half, 100)
+        ends = found.mean - found.half, found.mean + found.half
+        if column.is_percentage():
+            ends = max(ends[0], 0), min(ends[1], 100)
         axis.plot(ends, [y, y], "-", lw=3.5, alpha=0.35, color=colour, solid_capstyle="butt")
         axis.plot(found.mean, y, "|", ms=11, mew=2, color=colour)
     values = list(line.values[column].values())

@@ -13,6 +13,9 @@ from instap_jax.study.runs import Run, step_seconds
 from instap_jax.study.statistics import Estimate, estimate, paired_difference
 from instap_jax.study.tables import Table
 
+# Words in the names of metrics that are percentages; ranks and counts are not.
+_PERCENTAGES = ("R@", "mean_recall", "accuracy", "IoU", "top-")
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
@@ -22,6 +25,13 @@ class Column:
     scoring: str
     suite: str
     metric: str
+
+    def is_percentage(self) -> bool:
+        return any(word in self.metric for word in _PERCENTAGES)
+
+    def title(self) -> str:
+        """The metric in words, with its unit."""
+        return self.metric.replace("_", " ") + (" (%)" if self.is_percentage() else "")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +174,7 @@ def markdown(summary: Summary) -> str:
             c for c in summary.columns if (c.metric, c.scoring, c.unit) == (metric, scoring, unit)
         ]
         suites = [column.suite for column in columns]
-        parts += [f"## {unit}: {metric.replace('_', ' ')} (%), {scoring}", ""]
+        parts += [f"## {unit}: {columns[0].title()}, {scoring}", ""]
         parts += _grid(
             ["row", "change", "seeds", "steps", "s/step", *suites],
             [
