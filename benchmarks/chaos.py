@@ -33,8 +33,8 @@ from chaos_child import EVERY, STAGES, STEPS
 
 import instap_jax
 from instap_jax.progress import Progress
+from instap_jax.train.metrics import TIMES
 
-TIMES = ("time", "examples_per_second", "step_seconds", "data_wait_seconds", "compute_seconds")
 PRELOAD = (
     "chaos_child", "instap_jax.main", "instap_jax.train.loop", "instap_jax.commands.train",
     "instap_jax.evaluation.validation",

@@ -1,18 +1,24 @@
 """One progress line for all long work: count, share, rate, time left."""
 
+import collections
 import sys
 import time
 from typing import TextIO
+
+# Lines back that the rate is taken from: what work begins with, as compiling, is then soon behind.
+_LINES = 30
 
 
 class Progress:
     """Prints `label  120/400 samples (30 %)  45.1/s  6 s left`, at most every `interval` seconds.
 
     On a terminal the line overwrites itself; in a log every update is its own line, less often.
+    Rate and time left are those of the last lines, the final line's is that of the whole.
 
     Args:
       label: what is being done.
       total: how many units in all, or None where that is unknown.
+      done: of them, before this process began.
       unit: plural name of a unit.
       stream: where to print; standard error by default, so that results stay pipeable.
     """
@@ -29,6 +35,7 @@ class Progress:
         label: str,
         total: int | None = None,
         *,
+        done: int = 0,
         unit: str = "samples",
         interval: float | None = None,
         stream: TextIO | None = None,
@@ -38,7 +45,8 @@ class Progress:
         self._terminal = self._stream.isatty()
         self._interval = interval if interval is not None else (0.2 if self._terminal else 10.0)
         self._start = self._last = time.monotonic()
-        self._count = 0
+        self._done = self._count = done
+        self._marks = collections.deque([(self._start, done)], _LINES)  # (time, count)
         self._width = 0
 
     def __enter__(self) -> "Progress":
@@ -58,18 +66,21 @@ class Progress:
     def close(self) -> None:
         """Prints the final line, with the whole time taken."""
         elapsed = time.monotonic() - self._start
-        rate = self._count / max(elapsed, 1e-9)
-        line = f"{self._label}  {self._count} {self._unit} in {_span(elapsed)}  {_rate(rate)}"
+        count = self._count - self._done
+        rate = count / max(elapsed, 1e-9)
+        line = f"{self._label}  {count} {self._unit} in {_span(elapsed)}  {_rate(rate)}"
         self._print(line)
         if self._terminal and not self._silent:
             print(file=self._stream, flush=True)
 
     def _line(self, now: float, note: str) -> str:
-        rate = self._count / max(now - self._start, 1e-9)
+        since, before = self._marks[0]
+        rate = (self._count - before) / max(now - since, 1e-9)
+        self._marks.append((now, self._count))
         line = f"{self._label}  {self._count}"
         if self._total:
             line += f"/{self._total} {self._unit} ({100 * self._count / self._total:.0f} %)"
-            if self._count:  # before the first unit nothing is known of the time left
+            if rate:  # before the first unit nothing is known of the time left
                 line += f"  {_rate(rate)}  {_span((self._total - self._count) / rate)} left"
         else:
             line += f" {self._unit}  {_rate(rate)}"

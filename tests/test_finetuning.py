@@ -17,12 +17,11 @@ from instap_jax import config_check, distributed, main
 from instap_jax.errors import UserError
 from instap_jax.evaluation import selection, tasks
 from instap_jax.train import loop
-from instap_jax.train.metrics import read_metrics
+from instap_jax.train.metrics import TIMES, read_metrics
 from instap_jax.train.objectives import OBJECTIVES
 from instap_jax.train.stop import StopRequest
 
 CLASSES = ("plain", "gradient", "noise", "stripes", "tiles", "grass", "sky")
-TIMES = ("time", "examples_per_second", "step_seconds", "data_wait_seconds", "compute_seconds")
 
 
 def instap(*args: str) -> None:

@@ -133,6 +133,17 @@ def test_scalars_are_paired_by_step(tmp_path):
     assert facts["data wait"] == "25.0 % of step time"
 
 
+def test_training_time_holds_every_start(tmp_path):
+    lines = [
+        {"step": 1, "step_seconds": 1.0, "start_seconds": 50.0},
+        {"step": 11, "step_seconds": 1.0},
+        {"step": 21, "step_seconds": 1.0, "start_seconds": 8.0},
+    ]
+    workdir = make_run(tmp_path / "a", lines=lines, results=False)
+    facts = report_runs.facts(report_runs.load_runs([workdir])[0])
+    assert facts["training time"] == "79.0 s" and facts["step time"] == "1000 ms (median)"
+
+
 @pytest.mark.parametrize("step", [10**30, -1, True])
 def test_a_line_without_a_possible_step_is_left_out(tmp_path, step):
     lines = [*SHORT, {"step": step, "loss": 1.0}]

@@ -23,12 +23,10 @@ from instap_jax.data.records import open_source
 from instap_jax.errors import UserError
 from instap_jax.train import checkpoint, dump, loop, replay
 from instap_jax.train.feed import kind_of_step
-from instap_jax.train.metrics import read_metrics
+from instap_jax.train.metrics import TIMES, read_metrics
 from instap_jax.train.program import build_program
 from instap_jax.train.stop import StopRequest
 from instap_jax.types import Kind
-
-TIMES = ("time", "examples_per_second", "step_seconds", "data_wait_seconds", "compute_seconds")
 
 
 def instap(*args: str) -> None:

@@ -55,7 +55,9 @@ _PANELS = {
     "mfu": _Panel(title="Model FLOPs utilisation", unit="% of peak", from_zero=True, scale=100),
 }
 # Shown in another form, or of no use as a curve.
-_NOT_CURVES = {"step", "time", "step_seconds", "data_wait_seconds", "compute_seconds"}
+_NOT_CURVES = {
+    "step", "time", "step_seconds", "data_wait_seconds", "compute_seconds", "start_seconds",
+}  # fmt: skip
 
 
 def write_report(

@@ -229,10 +229,11 @@ def _speed(run: Run) -> dict[str, str]:
     steps, seconds = series(run, "step_seconds")
     if not len(steps):
         return dict.fromkeys(("training time", "samples/s", "step time", "data wait"), DASH)
+    once = series(run, "start_seconds")[1].sum()  # of every start, apart from its steps
     rate = _steady(series(run, "examples_per_second")[1])
     mfu = _steady(series(run, "mfu")[1])
     return {
-        "training time": duration(float((seconds * np.diff(steps, prepend=0)).sum())),
+        "training time": duration(float((seconds * np.diff(steps, prepend=0)).sum() + once)),
         "samples/s": f"{number(np.median(rate))} (median)" if len(rate) else DASH,
         "step time": f"{number(1000 * np.median(_steady(seconds)), '.0f')} ms (median)",
         "data wait": _data_wait(run),
@@ -241,7 +242,7 @@ def _speed(run: Run) -> dict[str, str]:
 
 
 def _steady(values: np.ndarray) -> np.ndarray:
-    """Without the first line, which holds the compilation: in totals, but not in rates."""
+    """Without the first line: in logs of before it holds the compilation, in none many steps."""
     return values[1:] if len(values) > 1 else values
 
 

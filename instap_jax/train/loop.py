@@ -152,7 +152,7 @@ class _Run:
         pending = None  # metrics are read one step late, so that the device never waits for us
         label = f"train {self._config.stage}"
         with (
-            Progress(label, last - start, unit="steps") as progress,
+            Progress(label, last, done=start, unit="steps") as progress,
             Tracer(self._config.log.profile, self._workdir) as tracer,
             Watchdog(self._config.distributed.step_timeout) as watchdog,
         ):
@@ -160,11 +160,12 @@ class _Run:
                 waited = time.perf_counter()
                 fed = next(self._feed)
                 self._clock.wait(time.perf_counter() - waited)
-                self._measure_flops(state, frozen, fed)
                 self._checkpointer.check()
-                state, metrics = tracer.step(
-                    step, self._program.step, state, frozen, fed.batch, self._program.seed
-                )
+                with self._clock.calling(fed.kind):
+                    self._measure_flops(state, frozen, fed)
+                    state, metrics = tracer.step(
+                        step, self._program.step, state, frozen, fed.batch, self._program.seed
+                    )
                 self._stop.hold()  # from here on there is something to save
                 asked = self._agreement.exchange(
                     Ask.FAULT if self._feed.fault else self._stop.asked

@@ -79,6 +79,11 @@ class MetricWriter:
             self._wandb.finish()
 
 
+# How long things took: what a run and its repetition differ in.
+TIMES = (
+    "time", "examples_per_second", "step_seconds", "data_wait_seconds", "compute_seconds",
+    "start_seconds", "mfu",
+)  # fmt: skip
 # Of a line's last step; everything else is a mean over its steps.
 _OF_LAST_STEP = ("learning_rate", "param_norm")
 
