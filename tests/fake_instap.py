@@ -17,7 +17,9 @@ from instap_jax import config_check, main
 from instap_jax.commands import evaluate, train
 from instap_jax.errors import UserError
 from instap_jax.evaluation.results import Measurement, Protocol, write_result
+from instap_jax.train.kinds import kind_of_step
 from instap_jax.train.stop import StopRequest
+from instap_jax.types import Kind
 
 
 def run_train(values: flags.FlagValues) -> None:
@@ -32,10 +34,12 @@ def run_train(values: flags.FlagValues) -> None:
     with StopRequest() as stop, (workdir / "metrics.jsonl").open("w") as metrics:
         for step in range(1, last + 1):
             # Twice the time with instances; an image step costs half of a video step.
-            kind = "kind_image" if step % 4 == 0 else "kind_video"
-            seconds = (0.4 if config.align.instance else 0.2) * (0.5 if step % 4 == 0 else 1)
+            kind = kind_of_step(config, step - 1)
+            seconds = 0.4 if config.align.instance else 0.2
+            seconds *= 0.5 if kind is Kind.IMAGE else 1
             seconds = 9.0 if step <= 4 else seconds  # compiling
-            metrics.write(json.dumps({"step": step, kind: 1.0, "step_seconds": seconds}) + "\n")
+            line = {"step": step, f"kind_{kind}": 1.0, "step_seconds": seconds}
+            metrics.write(json.dumps(line) + "\n")
             metrics.flush()
             while os.environ.get("FAKE_WAIT", "nowhere") in str(workdir) and not stop:
                 time.sleep(0.02)

@@ -27,6 +27,7 @@ from instap_jax.study import plot, runner, runs, tables
 from instap_jax.study.statistics import T_QUANTILES, estimate, paired_difference
 from instap_jax.study.summary import Column, Line, Summary, markdown
 from instap_jax.study.tables import TABLES, Row, Table
+from instap_jax.train.kinds import kind_of_step
 from instap_jax.train.stop import StopRequest
 
 FAKE = Path(__file__).parent / "fake_instap.py"
@@ -133,6 +134,9 @@ class Desk:
 
     def __call__(self, table: str, *more: str) -> int:
         return main.main(self.flags(table, "--config.steps=80", *more))
+
+    def with_images(self, fraction: float) -> list[str]:
+        return [f"--config.data.images={self.data}", f"--config.data.image_fraction={fraction}"]
 
     def calls(self) -> list[str]:
         """'VERB ROW/seedN' of what was run since the last time, sorted."""
@@ -416,7 +420,8 @@ def test_a_configuration_edited_meanwhile_is_noticed(desk, capsys, monkeypatch):
 
 def test_equal_time_trains_what_is_cheap_for_longer(desk):
     """The median of each kind of step, weighted; compiling steps do not count."""
-    assert desk("table4", "--seeds=0", "--equal=time") == 0
+    flags = ["--seeds=0", "--equal=time", *desk.with_images(0.2)]
+    assert desk("table4", *flags) == 0
     calls = desk.calls()
     assert [call for call in calls if "calibration" in call] == [
         "train calibration/instap",
@@ -425,9 +430,41 @@ def test_equal_time_trains_what_is_cheap_for_longer(desk):
     assert "train umt_g@160/seed0" in calls and "train instap/seed0" in calls
     table = desk.table("table4-time")
     assert [row["steps"] for row in table["rows"]] == [160, 80]
-    assert "umt_g 0.175, instap 0.350" in table["notes"][0]
-    assert desk("table4", "--seeds=0", "--equal=time") == 0
+    assert "umt_g 0.180, instap 0.360" in table["notes"][0]
+    assert desk("table4", *flags) == 0
     assert desk.calls() == []
+
+
+@pytest.mark.parametrize(
+    ("fraction", "more", "words"),
+    [
+        (0.1, (), "40 steps with config.data.image_fraction=0.1 hold 4 of image batches"),
+        (0.98, (), "hold 1 of video batches, and timing them takes 5; use --equal=steps"),
+        (0.5, ("--config.stop_at=60",), "leave config.stop_at out"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused_before_any_training(desk, capsys, fraction, more, words):
+    assert desk("table4", "--seeds=0", "--equal=time", *desk.with_images(fraction), *more) == 2
+    assert words in capsys.readouterr().err
+    assert desk.calls() == []
+
+
+def test_a_kind_counts_as_often_as_it_comes(tmp_path):
+    """Not as often as 40 steps hold it: of those 5 are of images, of all steps 0.13."""
+    config = load_config("tiny", "stage2")
+    config.data.update(videos="d:train", images="d:train", image_fraction=0.13)
+    write_steps(tmp_path, config, video=1.0, image=0.1)
+    found = runs.calibrated_seconds(SimpleNamespace(workdir=tmp_path, config=config))
+    assert found == pytest.approx(0.87 * 1.0 + 0.13 * 0.1)
+
+
+def write_steps(workdir, config, **seconds):
+    kinds = [kind_of_step(config, step) for step in range(runs.CALIBRATION_STEPS)]
+    lines = [
+        {"step": step, f"kind_{kind}": 1.0, "step_seconds": seconds[kind]}
+        for step, kind in enumerate(kinds, start=1)
+    ]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def test_lines_of_validation_are_no_steps(tmp_path):
@@ -438,7 +475,9 @@ def test_lines_of_validation_are_no_steps(tmp_path):
             for step in range(1, 6)
         )
     )  # fmt: skip
-    run = SimpleNamespace(workdir=tmp_path)
+    config = load_config("tiny", "stage2")
+    config.data.videos = "d:train"
+    run = SimpleNamespace(workdir=tmp_path, config=config)
     assert runs.calibrated_seconds(run) == runs.step_seconds(run) == 0.5
 
 

@@ -22,7 +22,7 @@ from instap_jax import config_check, main, sharding
 from instap_jax.data.records import open_source
 from instap_jax.errors import UserError
 from instap_jax.train import checkpoint, dump, loop, replay
-from instap_jax.train.feed import kind_of_step
+from instap_jax.train.kinds import kind_of_step
 from instap_jax.train.metrics import TIMES, read_metrics
 from instap_jax.train.program import build_program
 from instap_jax.train.stop import StopRequest

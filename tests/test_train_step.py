@@ -16,7 +16,8 @@ from instap_jax import sharding
 from instap_jax.errors import UserError
 from instap_jax.models import depth
 from instap_jax.train import flops, optimizer
-from instap_jax.train.feed import abstract_batch, batch_shape, kind_of_step
+from instap_jax.train.feed import abstract_batch, batch_shape
+from instap_jax.train.kinds import kind_of_step
 from instap_jax.train.objectives import OBJECTIVES
 from instap_jax.train.program import build_program, offloaded_bytes
 from instap_jax.types import Kind

@@ -6,6 +6,7 @@ OUT/calibration/ROW/          the short run that measured a row's seconds a step
 OUT/logs/                     what the commands printed
 """
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -22,10 +23,14 @@ from instap_jax.config_check import LoadedConfig
 from instap_jax.errors import UserError
 from instap_jax.evaluation.results import DIRECTORY, read_result
 from instap_jax.study.tables import Row
+from instap_jax.train.kinds import kind_of_step
 from instap_jax.train.metrics import read_metrics
+from instap_jax.types import Kind
 
-# Steps of a calibration. The first of each kind compile, and are left out.
 CALIBRATION_STEPS = 40
+# Of each kind of step in a calibration: the first compiles, the next may still wait for it.
+_UNTIMED = 2
+_LEAST_TIMED = 3
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,11 +160,32 @@ def plan_run(
 
 
 def plan_calibration(loaded: LoadedConfig, row: Row, out: Path) -> Run:
-    """The short run that measures a row's seconds a step."""
+    """The short run that measures a row's seconds a step.
+
+    Raises:
+      UserError: the row does not fit, or some kind of step comes too rarely to be timed.
+    """
     stop = min(CALIBRATION_STEPS, loaded.config.steps)
     changes = row.changes() | {"stop_at": stop, "log.every": 1, "log.tensorboard": False}
     name = f"calibration/{row.name}"
-    return _plan(loaded, row, changes, name=name, workdir=out / name, evaluation=None)
+    run = _plan(loaded, row, changes, name=name, workdir=out / name, evaluation=None)
+    counts = collections.Counter(kind_of_step(run.config, step) for step in range(stop))
+    for kind in _shares(run.config):
+        if counts[kind] < _UNTIMED + _LEAST_TIMED:
+            raise UserError(
+                f"--equal=time: {stop} steps with config.data.image_fraction="
+                f"{run.config.data.image_fraction} hold {counts[kind]} of {kind} batches, and "
+                f"timing them takes {_UNTIMED + _LEAST_TIMED}; use --equal=steps"
+            )
+    return run
+
+
+def _shares(config: ConfigDict) -> dict[Kind, float]:
+    """Kind of batch -> its share of the steps; of those that come at all."""
+    images = config.data.image_fraction if config.data.images else 0.0
+    images = images if config.data.videos else 1.0
+    shares = {Kind.VIDEO: 1 - images, Kind.IMAGE: images}
+    return {kind: share for kind, share in shares.items() if share}
 
 
 def _plan(loaded: LoadedConfig, row: Row, changes, *, name, workdir: Path, evaluation) -> Run:
@@ -183,27 +209,22 @@ def _plan(loaded: LoadedConfig, row: Row, changes, *, name, workdir: Path, evalu
 
 
 def calibrated_seconds(run: Run) -> float:
-    """Seconds a step of a calibration: the median of each kind of step, weighted as they alternate.
+    """Seconds a step of a calibration: the median of each kind of step, weighted by its share.
 
     Raises:
       UserError: its log is missing or too short to tell.
     """
-    by_kind: dict[str, list[float]] = {}
     try:
-        lines = read_metrics(run.workdir)
+        lines = [line for line in read_metrics(run.workdir) if _is_step(line)]
     except OSError as error:
         raise UserError(f"{run.workdir}: no metrics.jsonl: {error.strerror}") from error
-    for line in filter(_is_step, lines):
-        kind = next((key for key in line if key.startswith("kind_")), "kind")
-        by_kind.setdefault(kind, []).append(line["step_seconds"])
-    # Each kind's first step compiles; the one after it may still wait for the first.
-    kept = {kind: seconds[2:] for kind, seconds in by_kind.items()}
-    if not kept or not all(kept.values()):
-        raise UserError(f"{run.workdir}: too few steps to tell the time of a step from")
-    total = sum(map(len, by_kind.values()))
-    return sum(
-        len(by_kind[kind]) / total * statistics.median(seconds) for kind, seconds in kept.items()
-    )
+    total = 0.0
+    for kind, share in _shares(run.config).items():
+        seconds = [line["step_seconds"] for line in lines if f"kind_{kind}" in line][_UNTIMED:]
+        if not seconds:
+            raise UserError(f"{run.workdir}: too few steps to tell the time of a step from")
+        total += share * statistics.median(seconds)
+    return total
 
 
 def step_seconds(run: Run) -> float | None:

@@ -99,6 +99,8 @@ def _steps(study: Study, table: Table, runner: Runner) -> tuple[dict[str, int], 
     whole = study.loaded.config.steps
     if study.equal == "steps":
         return {row.name: whole for row in table.rows}, ["Equal steps."]
+    if study.loaded.config.stop_at is not None:
+        raise UserError("--equal=time decides how long a row trains: leave config.stop_at out")
     rows = {row.name: row for row in (Row(label="InstAP"), *table.rows)}
     runs = {name: plan_calibration(study.loaded, row, study.out) for name, row in rows.items()}
     for run in runs.values():

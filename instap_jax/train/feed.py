@@ -13,6 +13,7 @@ from instap_jax import sharding
 from instap_jax.data.groups import GroupBuilder, Use
 from instap_jax.data.pipeline import FaultMonitor, make_loader
 from instap_jax.errors import UserError
+from instap_jax.train.kinds import kind_of_step
 from instap_jax.types import Batch, Kind
 
 
@@ -83,21 +84,6 @@ def abstract_batch(config: ConfigDict, mesh: Mesh, kind: Kind) -> dict[str, jax.
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
         for name, (shape, dtype) in builder.shapes(groups).items()
     }
-
-
-def kind_of_step(config: ConfigDict, step: int) -> Kind:
-    """Whether step number `step` (from 0) takes an image or a video batch: a function of it alone.
-
-    Image steps are spread evenly: one whenever the running count step * image_fraction passes an
-    integer.
-    """
-    if not config.data.videos:
-        return Kind.IMAGE
-    if not config.data.images:
-        return Kind.VIDEO
-    fraction = config.data.image_fraction
-    passes = math.floor((step + 1) * fraction) > math.floor(step * fraction)
-    return Kind.IMAGE if passes else Kind.VIDEO
 
 
 class Feed:

@@ -22,8 +22,8 @@ from instap_jax.data.pipeline import parse_corpora
 from instap_jax.data.records import open_source
 from instap_jax.errors import UserError
 from instap_jax.train import dump
-from instap_jax.train.feed import kind_of_step
 from instap_jax.train.initialise import load_frozen
+from instap_jax.train.kinds import kind_of_step
 from instap_jax.train.optimizer import make_optimizer
 from instap_jax.train.program import Program, build_program
 from instap_jax.train.step import make_gradient, step_key
