@@ -319,6 +319,29 @@ def test_ranks_and_counts_are_no_percentages(tmp_path, monkeypatch, metric, titl
     assert tuple(axis.lines[0].get_xdata()) == pytest.approx(ends, rel=1e-4)
 
 
+def test_what_a_difference_is_printed_as():
+    """A row of three seeds against those that its rival has."""
+    column = Column(unit="u", scoring="s", suite="val", metric="mean_recall")
+    ours = {0: 50.0, 1: 60.0, 2: 70.0}
+    line = functools.partial(Line, steps=1, step_seconds=None)
+    for theirs, words in (
+        ({0: 50.04, 1: 60.05, 2: 70.04}, "| b | a | +0.0 ± 0.0 |"),
+        ({0: 49.0, 1: 59.0, 2: 69.0}, "| b | a | **+1.0 ± 0.0** |"),
+        ({0: 49.0, 1: 59.0}, "| b | a | **+1.0 ± 0.0** (2 pairs) |"),
+        ({2: 69.0}, "| b | a | +1.0 (1 pair) |"),
+    ):
+        lines = (
+            line(name="a", label="a", rival="", seeds=tuple(theirs), values={column: theirs},
+                 differences={}),
+            line(name="b", label="b", rival="a", seeds=tuple(ours), values={column: ours},
+                 differences={column: paired_difference(ours, theirs)}),
+        )  # fmt: skip
+        summary = Summary(
+            title="", columns=(column,), seeds=(0, 1, 2), protocols=(), notes=(), lines=lines
+        )
+        assert words in markdown(summary)
+
+
 def test_a_run_that_fails_is_named_and_the_others_go_on(desk, capsys, monkeypatch):
     monkeypatch.setenv("FAKE_FAIL", "umt_g/seed0")
     assert desk("table4", "--seeds=0,1") == 2

@@ -225,15 +225,24 @@ def _means(summary: Summary, line: Line, columns: Sequence[Column]) -> list[str]
 def _differences(summary: Summary, line: Line, rival: Line, columns: Sequence[Column]) -> list[str]:
     found = [(column, line.differences.get(column)) for column in columns]
     return [
-        _cell(value, signed=True) if value else summary.gap([line, rival], [column])
+        _difference(value, len(summary.seeds)) if value else summary.gap([line, rival], [column])
         for column, value in found
     ]
 
 
-def _cell(value: Estimate, *, signed: bool = False) -> str:
-    mean = f"{value.mean:+.1f}" if signed else f"{value.mean:.1f}"
-    text = mean if value.half is None else f"{mean} ± {value.half:.1f}"
-    return f"**{text}**" if signed and value.excludes_zero() else text
+def _cell(value: Estimate, sign: str = "") -> str:
+    mean = round(value.mean, 1) or 0.0  # never -0.0
+    return f"{mean:{sign}.1f}" + ("" if value.half is None else f" ± {value.half:.1f}")
+
+
+def _difference(value: Estimate, seeds: int) -> str:
+    """Bold where the interval excludes zero and what is printed is not zero; with the number of
+    pairs where some seeds have none."""
+    text = _cell(value, "+")
+    text = f"**{text}**" if value.excludes_zero() and round(value.mean, 1) else text
+    if value.count == seeds:
+        return text
+    return f"{text} ({value.count} pair{'s' if value.count > 1 else ''})"
 
 
 def _grid(head: list[str], rows: list[list[str]]) -> list[str]:
