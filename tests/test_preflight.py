@@ -268,6 +268,22 @@ def test_what_the_chips_keep_in_the_hosts_memory_counts(small_set, tmp_path, mon
     assert asked[0][1] == kept
 
 
+def test_processes_of_one_host_share_its_memory(small_set, tmp_path, monkeypatch):
+    """Slurm starts one for each GPU."""
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(host, "gather", lambda name: [name, "elsewhere", name])
+    assert host.neighbours() == 2
+    monkeypatch.undo()
+    needed = []
+    monkeypatch.setattr(
+        host, "memory", lambda need, more: needed.append(need) or rows.failed("host memory", "")
+    )
+    for count in (1, 4):
+        monkeypatch.setattr(host, "neighbours", lambda count=count: count)
+        run.run(small_config(small_set), tmp_path / "run", need=0.001)
+    assert needed[1] == 4 * needed[0] > 0
+
+
 def test_a_host_short_of_memory_is_told_what_to_do(monkeypatch):
     monkeypatch.setattr(host, "_free_memory", lambda: 10 << 30)
     assert host.memory(6 << 30, 3 << 30).status is Status.PASS

@@ -176,6 +176,14 @@ def disk(workdir: Path, need: int) -> Row:
     return failed("disk", found, "free some, or lower config.checkpoint.keep")
 
 
+def neighbours() -> int:
+    """Processes of the pod on this host, ours included. Every process must call it."""
+    if jax.process_count() == 1:
+        return 1
+    name = socket.gethostname()
+    return gather(name).count(name)
+
+
 def memory(need: int, offloaded: int = 0) -> Row:
     """Free memory of this host against an estimate, bytes; `offloaded`: what the chips keep in it
     with `compute.remat='offload'`, beside the rest."""

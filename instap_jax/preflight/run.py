@@ -123,6 +123,7 @@ def _machine_and_inputs(
     placed = attempt("mesh", mesh)
     state = _bytes(made["program"].abstract) if "program" in made else 0
     share = state // jax.process_count()
+    here = host.neighbours()  # Slurm starts a process for each GPU of a host
     checks = {
         "hosts": lambda: host.processes(hosts),
         "chips": lambda: host.chips(chips),
@@ -130,7 +131,7 @@ def _machine_and_inputs(
         "workdir": start,
         "storage": lambda: host.storage(workdir, share),
         "disk": lambda: host.disk(workdir, state * _checkpoints_to_come(config, workdir)),
-        "host memory": lambda: host.memory(_host_bytes(config, share), offloaded()),
+        "host memory": lambda: host.memory(here * _host_bytes(config, share), here * offloaded()),
         "compile cache": cache,
         "data": lambda: inputs.corpora(config),
         "tokenizer": lambda: inputs.tokenizer(config),
@@ -190,10 +191,10 @@ def _checkpoints_to_come(config: ConfigDict, workdir: Path) -> int:
 
 
 def _host_bytes(config: ConfigDict, share: int) -> int:
-    """An estimate of the memory that a host needs.
+    """An estimate of the memory that a process needs of its host.
 
-    Batches in the workers' buffers and on their way to the device, the copy of this host's share
-    of the state that an asynchronous checkpoint writes, and the process itself.
+    Batches in the workers' buffers and on their way to the device, the copy of its share of the
+    state that an asynchronous checkpoint writes, and the process itself.
     """
     data = config.data
     height, width = data.canvas
