@@ -8,6 +8,10 @@ Expected: a linear head and full fine-tuning on Kinetics-400 reach 87.84 top-1 /
           (paper). Not yet run.
 
 800 epochs over 1.5 M clips at batch 64 * 320 are 58,594 steps, of which 40 epochs warm up.
+
+The paper prints the rate 1.5e-4 and the batch a device, and no rule that joins them. We follow
+UMT's run_umt_pretraining.py, rate * total batch / 256: the peak is 1.5e-4 * 20,480 / 256 = 0.012,
+the end of the cosine 1e-5 * 80 = 8e-4.
 """
 
 from instap_jax.config import default
