@@ -118,6 +118,31 @@ def test_what_a_crash_left_of_the_best_is_removed(finished, small_set, tmp_path)
     assert [path.name for path in directory.iterdir()] == [str(best)]
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({}, ""),
+        ({"evaluation.frames": 2}, "frames"),
+        ({"evaluation.images": "d:val_img"}, "images"),
+        ({"evaluation.metric": "val_video/global/mean_recall"}, "metric"),
+    ],
+)
+def test_a_best_that_was_measured_otherwise_is_not_what_to_beat(
+    finished, small_set, tmp_path, capsys, changes, named
+):
+    shutil.copytree(finished[0] / "checkpoints-best", tmp_path / "checkpoints-best")
+    config = validated(small_set, **changes)
+    program = type("Program", (), {"graphdef": None})
+    worse = {METRIC: -1.0, "val_video/global/mean_recall": -1.0}
+    chosen = selection.Selection(config, tmp_path, program, None, lambda *_: lambda *_: worse)
+    err = capsys.readouterr().err
+    assert (f"measured with another config.evaluation.{named}: the next" in err) == bool(named)
+    _, meta = checkpoint.read_meta(str(tmp_path), which="best")
+    chosen.measure(nnx.State({"x": np.zeros(3, np.float32)}), 9, meta)
+    step, meta = checkpoint.read_meta(str(tmp_path), which="best")
+    assert (step == 9) == bool(named)
+
+
 def test_a_best_of_a_stretch_that_was_lost_is_replaced(finished, tmp_path):
     """The run went back to a checkpoint before it, and met the same step with a better value."""
     workdir, _ = finished

@@ -5,8 +5,9 @@ counter is touched, so a run with it takes the steps of a run without it, bit fo
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -52,9 +53,21 @@ class Selection:
         self._validate = make_validate(config, mesh, program.graphdef)
         if self._metric and checkpoint.has_best(self._workdir):
             checkpoint.tidy_best(self._workdir)
-            _, meta = checkpoint.read_meta(self._workdir, which=checkpoint.BEST)
-            if meta["selection"]["metric"] == self._metric:
-                self._best = meta["selection"]["value"]
+            self._take_over(config)
+
+    def _take_over(self, config: ConfigDict) -> None:
+        """Takes the best so far for what is to be beaten, if it was measured as now."""
+        step, meta = checkpoint.read_meta(self._workdir, which=checkpoint.BEST)
+        before = _measured(meta["config"]) | {"metric": meta["selection"]["metric"]}
+        differ = [name for name, value in _measured(config).items() if before[name] != value]
+        if not differ:
+            self._best = meta["selection"]["value"]
+        elif jax.process_index() == 0:
+            print(
+                f"{self._workdir}: its best checkpoint, step {step}, was measured with another "
+                f"config.evaluation.{differ[0]}: the next validation replaces it",
+                file=sys.stderr,
+            )
 
     def due(self, step: int) -> bool:
         """Whether the parameters after this step are to be measured."""
@@ -95,3 +108,14 @@ class Selection:
             if jax.process_index() == 0:
                 print(f"step {step}: {self._metric} {value:.2f}, best {self._best:.2f}")
         return {PREFIX + name: value for name, value in found.items()}
+
+
+def _measured(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What values of the metric depend on: two are compared only where all of it is the same."""
+    evaluation = config["evaluation"]
+    return {
+        "metric": evaluation["metric"],
+        "videos": evaluation["videos"],
+        "images": evaluation["images"],
+        "frames": evaluation["frames"] or config["data"]["frames"],
+    }
