@@ -465,16 +465,14 @@ def record(loaded: LoadedConfig, workdir: Path) -> None:
 
 def keep_tokenizer(config: ConfigDict, workdir: Path) -> None:
     """Copies the tokenizer's file beside `config.json`: `read` finds it there once the run is
-    moved. The copy of a run with a checkpoint stays, being what that was trained with.
+    moved. A run with a checkpoint is left as it is: whether this is its tokenizer is not known yet.
 
     Raises:
       UserError: the file cannot be read, or the copy not be written.
     """
-    if not config.tokenizer.path:
+    if not config.tokenizer.path or _has_checkpoint(workdir):
         return
     copy = workdir / TOKENIZER_FILES[config.tokenizer.kind]
-    if copy.exists() and _has_checkpoint(workdir):
-        return
     try:
         content = Path(config.tokenizer.path).read_bytes()
     except OSError as error:

@@ -210,10 +210,14 @@ def test_umt_and_back_knows_the_terms(tmp_path, capsys):
     (tmp_path / "umt" / "instap_config.json").write_text('{"trained": {"terms": ["inst_vtc"]}}')
     with pytest.raises(UserError, match="only terms of instances have weight, and UMT embeds none"):
         umt.plan(weights, None)
+    # An export of before `tokenizer.text`: texts went as they are.
+    (tmp_path / "umt" / "instap_config.json").write_text('{"trained": {"terms": ["vtc"]}}')
+    assert umt.plan(weights, None).config.tokenizer.text == "plain"
     # UMT's own file, without a word of it: as UMT trains.
     (tmp_path / "umt" / "instap_config.json").unlink()
     plan = umt.plan(weights, None)
     assert list(term_weights(plan.config)) == ["rec", "vtc", "vtm", "mlm"]
+    assert plan.config.tokenizer.text == "umt"
     assert "trained by rec, vtc, vtm, mlm: the file does not say by which terms" in plan.assumed
 
 

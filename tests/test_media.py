@@ -197,6 +197,21 @@ def test_the_rate_of_a_recording_without_one_is_that_of_its_frames(tmp_path, suf
     assert info.fps == pytest.approx(30, rel=0.02)
 
 
+def test_a_clock_that_jumps_does_not_change_the_rate(tmp_path):
+    """As files put together have it."""
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for index in range(20):
+            grey = np.full((32, 48, 3), brightness(index), np.uint8)
+            frame = av.VideoFrame.from_ndarray(grey, format="rgb24")
+            frame.pts, frame.time_base = index + 25_000 * (index >= 10), Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert media.probe(path, Kind.VIDEO).fps == 25
+
+
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_what_is_transparent_is_white(tmp_path, orientation):
     logo = np.zeros((8, 12, 4), np.uint8)  # black throughout, to be seen at the top left only
@@ -311,9 +326,27 @@ def test_other_containers_cut_off(tmp_path, name, codec, options):
     data = path.read_bytes()
     path.write_bytes(data + b"junk behind the end")
     assert media.verify(path, Kind.VIDEO).frames == 40
-    for size in (len(data) // 2, len(data) * 3 // 4, len(data) - 1):
+    for size in (len(data) // 2, len(data) * 3 // 4, len(data) - 9):
         path.write_bytes(data[:size])
         assert re.match(rf"truncated: {size} of \d+ bytes", reason(media.probe, path, Kind.VIDEO))
+
+
+@pytest.mark.parametrize("more", [8, None])
+def test_an_avi_whose_size_is_not_quite_right(tmp_path, more):
+    """Encoders count the head of the file too, or never come back to write the size."""
+    path = tmp_path / "a.avi"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for index in range(10):
+            grey = np.full((32, 48, 3), brightness(index), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+        container.mux(stream.encode())
+    data = bytearray(path.read_bytes())
+    (size,) = struct.unpack_from("<I", data, 4)
+    struct.pack_into("<I", data, 4, 0xFFFFFFFF if more is None else size + more)
+    path.write_bytes(data)
+    assert media.verify(path, Kind.VIDEO).frames == 10
 
 
 def test_a_recording_that_was_never_finished_is_taken_as_it_is(tmp_path):

@@ -90,6 +90,14 @@ def test_a_line_has_the_means_of_its_steps_and_of_each_kind():
     }  # fmt: skip
 
 
+def test_a_checkpoint_that_is_still_being_written_keeps_its_sums():
+    means = StepMeans(split=True, kept=None)
+    means.add(Kind.VIDEO, {"loss": 6.0})
+    kept = means.state()
+    means.add(Kind.VIDEO, {"loss": 1.0})
+    assert kept == {"steps": {"video": 1}, "sums": {"loss": {"video": [6.0, 1]}}}
+
+
 def test_of_one_kind_nothing_is_told_apart():
     means = StepMeans(split=False, kept=None)
     means.add(Kind.VIDEO, {"loss": 2.0})

@@ -99,7 +99,9 @@ def test_training_keeps_its_tokenizer(tmp_path, monkeypatch):
 
 def test_a_moved_run_is_read_with_its_own_copy(tmp_path):
     run = made_run(tmp_path)
+    (run / "checkpoints").rename(run / "aside")  # the copy is made before the first of them
     config_check.keep_tokenizer(config_check.read(run), run)
+    (run / "aside").rename(run / "checkpoints")
     expected = instap_jax.load(run).encode_text(TEXTS)
     assert config_check.read(run).tokenizer.path == str(tmp_path / "words.model")
     (tmp_path / "elsewhere").mkdir()

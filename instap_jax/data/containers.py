@@ -5,6 +5,7 @@ which `media` compares; these other containers say at least how many bytes follo
 GIF say nothing.
 """
 
+import io
 import struct
 from typing import BinaryIO
 
@@ -51,26 +52,28 @@ def _ebml_size(file: BinaryIO) -> int | None:
 
 
 def _avi(file: BinaryIO) -> int | None:
-    """A long file has several RIFF chunks; one whose size is 0 was never finished."""
-    end = None
+    """A long file has several RIFF chunks. One that was never finished has no size."""
+    end = 0
     while len(head := file.read(8)) == 8 and head.startswith(b"RIFF"):
         size = int.from_bytes(head[4:], "little")
-        if not size:
+        if size in (0, 0xFFFFFFFF):
             return None
-        end = file.seek(size, 1)
-        file.seek(end + size % 2)
-    return end
+        end = file.seek(size + size % 2, io.SEEK_CUR)
+    # Some encoders count these eight bytes of the head too.
+    return end - 8 if end else None
 
 
 def _fragmented_mp4(file: BinaryIO) -> int | None:
     """Of a file that has fragments: the header of another one counts its frames."""
+    whole = file.seek(0, io.SEEK_END)
     fragments, end = False, 0
-    while len(head := file.read(8)) == 8:
-        size, kind = struct.unpack(">I4s", head)
+    while end < whole:
+        file.seek(end)
+        size, kind = struct.unpack(">I4s", file.read(8).ljust(8, b"\0"))
         if size == 1:
             size = int.from_bytes(file.read(8))
         if size < 8 or not kind.isalnum():  # to the end of the file, or no box any more
             break
         fragments |= kind == b"moof"
-        end = file.seek(end + size)
+        end += size
     return end if fragments else None

@@ -35,6 +35,7 @@ MAX_DECODED_PIXELS = 4 * 10**11
 
 # A header's frame rate is doubted if it is off by this share of what so many frames' times say.
 _RATE_TOLERANCE = 0.1
+_ABSURD_RATE = 240.0
 _TIMED_FRAMES = 5
 
 # Named, so that neither a play list (which may open other files or addresses) nor one of Pillow's
@@ -334,12 +335,18 @@ class _Clip:
         """
         header = float(self.stream.average_rate or 0)
         measured = self._measured_rate()
-        if header and (measured is None or abs(header / measured - 1) < _RATE_TOLERANCE):
+        agree = measured is None or abs(header / (measured or 1) - 1) < _RATE_TOLERANCE
+        if header and (agree or (header < _ABSURD_RATE and not self._even())):
             return header
         rate = measured or header or float(self.stream.guessed_rate or self.stream.base_rate or 0)
         if not rate:
             raise MediaError("neither header nor frames tell the frame rate")
         return rate
+
+    def _even(self) -> bool:
+        """Whether the frames' times neither repeat nor jump, as those of files put together do."""
+        gaps = np.diff(np.sort(self._times))
+        return bool(gaps.min() > 0 and gaps.max() <= 10 * np.median(gaps))
 
     def _measured_rate(self) -> float | None:
         times = self._times

@@ -97,7 +97,7 @@ class Encoder(nn.Module):
         self.config = c
         patch = (1, c["patch"], c["patch"])
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv3d(3, c["width"], patch, patch)})
-        sizes = c["width"], c["heads"], round(c["width"] * c["mlp_ratio"])
+        sizes = c["width"], c["heads"], int(c["width"] * c["mlp_ratio"] + 1e-6)
         self.blocks = nn.ModuleList(Block(*sizes) for _ in range(c["depth"]))
         self.norm = nn.LayerNorm(c["width"], eps=VISION_EPSILON)
 
@@ -250,7 +250,7 @@ class BertAttention(nn.Module):
 class BertLayer(nn.Module):
     def __init__(self, c, vision_width=None):
         super().__init__()
-        width, hidden = c["width"], round(c["width"] * c["mlp_ratio"])
+        width, hidden = c["width"], int(c["width"] * c["mlp_ratio"] + 1e-6)
         self.attention = BertAttention(width, width, c["heads"])
         if vision_width is not None:
             self.crossattention = BertAttention(width, vision_width, c["heads"])

@@ -126,7 +126,10 @@ def plan(weights: Weights, config: ConfigDict | None) -> Plan:
     if stage == "align":
         sizes |= _align_sizes(weights)
     if config is None:
-        sizes |= terms.options(weights, DESCRIPTION)
+        options = terms.options(weights, DESCRIPTION)
+        if options:  # an export of ours; older ones do not say what they did to texts: nothing
+            options = {"tokenizer.text": "plain"} | options
+        sizes |= options
         sizes |= terms.zeros(trained) if stage == "align" else {}
     guesses = _guesses(sizes)
     fitted = fit(config, stage, weights, sizes, guesses)

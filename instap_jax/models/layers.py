@@ -457,7 +457,7 @@ class PreNormBlock(nnx.Module):
         self.norm1 = LayerNorm(width, eps=eps, dtype=dtype, backend=backend)
         self.attention = Attention(width, heads, bias=bias, dtype=dtype, rngs=rngs, backend=backend)
         self.norm2 = LayerNorm(width, eps=eps, dtype=dtype, backend=backend)
-        hidden = round(width * mlp_ratio)
+        hidden = int(width * mlp_ratio + 1e-6)
         self.mlp = Mlp(width, hidden, activation=activation, dtype=dtype, rngs=rngs)
 
     def __call__(

@@ -213,7 +213,7 @@ class TextBlock(nnx.Module):
         else:
             self.cross = CrossAttention(width, context_width, heads, **options)
             self.cross_norm = norm()
-        hidden = round(width * config.mlp_ratio)
+        hidden = int(width * config.mlp_ratio + 1e-6)
         self.mlp = Mlp(width, hidden, activation=exact_gelu, dtype=dtype, rngs=rngs)
         self.mlp_norm = norm()
         self.dropout = config.dropout

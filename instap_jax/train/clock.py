@@ -31,12 +31,16 @@ class StepClock:
         else:
             self._apart(seconds)
 
+    def compiles(self, kind: Kind) -> bool:
+        """Whether the next call of a step is the first of its kind."""
+        return kind not in self._compiled
+
     @contextlib.contextmanager
     def calling(self, kind: Kind) -> Iterator[None]:
         """Around the call of a step, which compiles if it is the first of its kind."""
         start = time.perf_counter()
         yield
-        if kind not in self._compiled:
+        if self.compiles(kind):
             self._compiled.add(kind)
             self._apart(time.perf_counter() - start)
 

@@ -161,6 +161,8 @@ class _Run:
                 fed = next(self._feed)
                 self._clock.wait(time.perf_counter() - waited)
                 self._checkpointer.check()
+                if self._clock.compiles(fed.kind):
+                    jax.block_until_ready(state)  # else the step before would run untimed meanwhile
                 with self._clock.calling(fed.kind):
                     self._measure_flops(state, frozen, fed)
                     state, metrics = tracer.step(

@@ -1,6 +1,7 @@
 """Where the numbers of a run go: `metrics.jsonl`, TensorBoard, optionally W&B, and the screen."""
 
 import contextlib
+import copy
 import hashlib
 import json
 import math
@@ -108,7 +109,8 @@ class StepMeans:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, JSON-able: a resumed run writes the uninterrupted one's line."""
-        return {"steps": self._steps, "sums": self._sums}
+        # A copy: the checkpoint is written while the next steps are added.
+        return copy.deepcopy({"steps": self._steps, "sums": self._sums})
 
     def add(self, kind: Kind, scalars: dict[str, float]) -> None:
         """Adds a step; what is not finite, of an update that was skipped, is left out."""
