@@ -137,6 +137,7 @@ def test_one_process_writes_and_speaks(whole):
     assert {path.name for path in whole.iterdir()} == {
         "config.json",
         "metrics.jsonl",
+        "tokenizer.model",
         "checkpoints",
     }
     first, second = (whole.with_suffix(f".{n}.log").read_text() for n in (0, 1))

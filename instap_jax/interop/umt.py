@@ -121,15 +121,15 @@ def plan(weights: Weights, config: ConfigDict | None) -> Plan:
     if stage == "align":
         weights.rename(_canonical)
         absent = tuple(ours for ours, theirs in _LEFT_OUT.items() if not weights.has(theirs))
-    trained = terms.recorded(weights, DESCRIPTION) or (_RETRIEVAL if absent else None)
+    described = terms.recorded(weights, DESCRIPTION)  # by an export of ours
+    trained = described or (_RETRIEVAL if absent else None)
     sizes = _vision_sizes(weights, prefix, heads="heads." not in absent)
     if stage == "align":
         sizes |= _align_sizes(weights)
     if config is None:
-        options = terms.options(weights, DESCRIPTION)
-        if options:  # an export of ours; older ones do not say what they did to texts: nothing
-            options = {"tokenizer.text": "plain"} | options
-        sizes |= options
+        # An older export does not say what was done to texts: nothing.
+        sizes |= {"tokenizer.text": "plain"} if described else {}
+        sizes |= terms.options(weights, DESCRIPTION)
         sizes |= terms.zeros(trained) if stage == "align" else {}
     guesses = _guesses(sizes)
     fitted = fit(config, stage, weights, sizes, guesses)
