@@ -25,6 +25,22 @@ def clip(tmp_path_factory):
     return make_video(tmp_path_factory.mktemp("clip") / "ünï 猫.mp4", 20, (34, 46), 8)
 
 
+def write_greys(path, codec, frames, *, times=None, clock=25, options=None, encoder=None, **kinds):
+    """Writes frames of rising brightness at 25 frames/s, or at `times` of a clock of so many Hz."""
+    with av.open(str(path), "w", options=options or {}, **kinds) as container:
+        stream = container.add_stream(codec, rate=25, options=encoder or {})
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, clock)
+        for index in range(frames):
+            grey = np.full((32, 48, 3), brightness(index), np.uint8)
+            frame = av.VideoFrame.from_ndarray(grey, format="rgb24")
+            frame.time_base = Fraction(1, clock)
+            frame.pts = index if times is None else int(times[index])
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
 def levels(frames):
     return [float(frame.mean()) for frame in frames]
 
@@ -177,16 +193,7 @@ def test_the_rate_of_a_recording_without_one_is_that_of_its_frames(tmp_path, suf
     path = tmp_path / f"a.{suffix}"
     even = np.arange(60) * 100 / 3
     times = np.round(even + np.random.default_rng(0).uniform(-8, 8, 60) - even[0]).astype(int)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libvpx", rate=30)
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        stream.codec_context.time_base = Fraction(1, 1000)
-        for index, time in enumerate(times.tolist()):
-            grey = np.full((32, 48, 3), brightness(index), np.uint8)
-            frame = av.VideoFrame.from_ndarray(grey, format="rgb24")
-            frame.pts, frame.time_base = time - times[0], Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    write_greys(path, "libvpx", 60, times=times - times[0], clock=1000)
     data = bytearray(path.read_bytes())
     at = data.index(b"\x23\xe3\x83")  # DefaultDuration: made a Void element of the same size
     length = 4 + (data[at + 3] & 0x7F)
@@ -200,15 +207,8 @@ def test_the_rate_of_a_recording_without_one_is_that_of_its_frames(tmp_path, suf
 def test_a_clock_that_jumps_does_not_change_the_rate(tmp_path):
     """As files put together have it."""
     path = tmp_path / "a.mkv"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=25, options={"bf": "0"})
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        for index in range(20):
-            grey = np.full((32, 48, 3), brightness(index), np.uint8)
-            frame = av.VideoFrame.from_ndarray(grey, format="rgb24")
-            frame.pts, frame.time_base = index + 25_000 * (index >= 10), Fraction(1, 25)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    times = np.arange(20) + 25_000 * (np.arange(20) >= 10)
+    write_greys(path, "libx264", 20, times=times, encoder={"bf": "0"})
     assert media.probe(path, Kind.VIDEO).fps == 25
 
 
@@ -315,13 +315,7 @@ def test_truncated_mp4(tmp_path):
 )
 def test_other_containers_cut_off(tmp_path, name, codec, options):
     path = tmp_path / name
-    with av.open(str(path), "w", options=options) as container:
-        stream = container.add_stream(codec, rate=25, options={"g": "8"})
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        for index in range(40):
-            grey = np.full((32, 48, 3), brightness(index), np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
-        container.mux(stream.encode())
+    write_greys(path, codec, 40, options=options, encoder={"g": "8"})
     assert media.verify(path, Kind.VIDEO).frames == 40
     data = path.read_bytes()
     path.write_bytes(data + b"junk behind the end")
@@ -335,13 +329,7 @@ def test_other_containers_cut_off(tmp_path, name, codec, options):
 def test_an_avi_whose_size_is_not_quite_right(tmp_path, more):
     """Encoders count the head of the file too, or never come back to write the size."""
     path = tmp_path / "a.avi"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        for index in range(10):
-            grey = np.full((32, 48, 3), brightness(index), np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
-        container.mux(stream.encode())
+    write_greys(path, "mpeg4", 10)
     data = bytearray(path.read_bytes())
     (size,) = struct.unpack_from("<I", data, 4)
     struct.pack_into("<I", data, 4, 0xFFFFFFFF if more is None else size + more)
@@ -352,13 +340,7 @@ def test_an_avi_whose_size_is_not_quite_right(tmp_path, more):
 def test_a_recording_that_was_never_finished_is_taken_as_it_is(tmp_path):
     """Written live, a Matroska segment has no size: nothing says that something is missing."""
     path = tmp_path / "a.mkv"
-    with av.open(str(path), "w", options={"live": "1"}, format="matroska") as container:
-        stream = container.add_stream("libx264", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        for index in range(10):
-            grey = np.full((32, 48, 3), brightness(index), np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
-        container.mux(stream.encode())
+    write_greys(path, "libx264", 10, options={"live": "1"}, format="matroska")
     assert media.verify(path, Kind.VIDEO).frames == 10
 
 
