@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from instap_jax import main
 from instap_jax.commands.tokenizer import _captions
+from instap_jax.config import default
 from instap_jax.data.tokenizer import (
     SentencePieceTokenizer,
     check_vocab_size,
@@ -38,12 +39,16 @@ def model() -> bytes:
     return train_sentencepiece(TEXTS, 400)
 
 
+def words_config(kind, path, **fields) -> ConfigDict:
+    config = default().tokenizer
+    config.update(kind=kind, path=str(path), **fields)
+    return config
+
+
 @pytest.fixture
 def wordpiece(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(VOCAB) + "\n", encoding="utf-8")
-    return load_tokenizer(
-        ConfigDict({"kind": "wordpiece", "path": str(tmp_path / "vocab.txt"), "length": 32})
-    )
+    return load_tokenizer(words_config("wordpiece", tmp_path / "vocab.txt"))
 
 
 def test_training_is_deterministic_and_has_the_special_pieces(model):
@@ -117,10 +122,7 @@ def test_pickle_and_fingerprint(model, wordpiece):
 )  # fmt: skip
 def test_umts_clean_up(wordpiece, tmp_path, text, cleaned):
     """What `pre_text` of UMT's multi_modality/dataset/utils.py gives."""
-    path = str(tmp_path / "vocab.txt")
-    umt = load_tokenizer(
-        ConfigDict({"kind": "wordpiece", "path": path, "length": 32, "text": "umt"})
-    )
+    umt = load_tokenizer(words_config("wordpiece", tmp_path / "vocab.txt", text="umt"))
     assert umt_text(text) == cleaned.rstrip()
     np.testing.assert_array_equal(umt.encode(text, 32), wordpiece.encode(cleaned, 32))
     assert umt.fingerprint() != wordpiece.fingerprint()
@@ -134,7 +136,7 @@ def test_a_plain_fingerprint_is_what_it_was(tmp_path, wordpiece):
 
 
 def test_config_faults(tmp_path, model):
-    config = ConfigDict({"kind": "sentencepiece", "path": str(tmp_path / "x.model"), "length": 32})
+    config = words_config("sentencepiece", tmp_path / "x.model")
 
     def fault() -> str:
         with pytest.raises(UserError) as error:
@@ -162,7 +164,7 @@ def test_config_faults(tmp_path, model):
 def with_words(tmp_path, *words: str) -> ConfigDict:
     path = tmp_path / "more.txt"
     path.write_text("\n".join([*VOCAB, *words]), encoding="utf-8")
-    return ConfigDict({"kind": "wordpiece", "path": str(path), "length": 32})
+    return words_config("wordpiece", path)
 
 
 @pytest.mark.parametrize("word", ["London", "##S", "McDonald", "Été"])

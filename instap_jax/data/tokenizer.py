@@ -182,7 +182,7 @@ def load_tokenizer(tokenizer_config: ConfigDict) -> Tokenizer:
         found = (SentencePieceTokenizer if kind == "sentencepiece" else WordPieceTokenizer)(data)
     except ValueError as error:
         raise UserError(f"tokenizer.path {path!r} is no {kind} vocabulary: {error}") from error
-    found.text = tokenizer_config.get("text", "plain")
+    found.text = tokenizer_config.text
     return found
 
 
