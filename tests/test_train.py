@@ -22,6 +22,7 @@ from instap_jax import config_check, main, sharding
 from instap_jax.data.records import open_source
 from instap_jax.errors import UserError
 from instap_jax.train import checkpoint, dump, loop, replay
+from instap_jax.train.clock import StepClock
 from instap_jax.train.kinds import kind_of_step
 from instap_jax.train.metrics import TIMES, read_metrics
 from instap_jax.train.program import build_program
@@ -125,6 +126,19 @@ def test_lines_tell_both_kinds_whatever_step_writes_them(made, tmp_path):
     run(teacher_config(made, stop_at=3, **every_other), tmp_path / "parts")  # amid a line
     run(teacher_config(made, **every_other), tmp_path / "parts")
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts")
+
+
+def test_no_step_runs_while_another_kind_compiles(made, tmp_path, monkeypatch):
+    """It would run untimed: compiling is left out of the times."""
+    events = []
+    ready, calling = jax.block_until_ready, StepClock.calling
+    monkeypatch.setattr(jax, "block_until_ready", lambda x: events.append("ready") or ready(x))
+    monkeypatch.setattr(
+        StepClock, "calling", lambda self, kind: events.append(kind) or calling(self, kind)
+    )
+    run(teacher_config(made, stop_at=3, **{"data.image_fraction": 0.5}), tmp_path / "run")
+    for kind in (Kind.VIDEO, Kind.IMAGE):
+        assert events[events.index(kind) - 1] == "ready"
 
 
 def test_crash_costs_the_steps_since_the_last_checkpoint(made, teacher, tmp_path, monkeypatch):
