@@ -30,6 +30,7 @@ from instap_jax.errors import UserError
 from instap_jax.evaluation import aligned
 from instap_jax.evaluation.encoder import load_model
 from instap_jax.models.instap import InstAP
+from instap_jax.models.placement import flat
 from instap_jax.train import checkpoint, inputs
 from instap_jax.train.objectives import OBJECTIVES, term_weights
 
@@ -221,12 +222,12 @@ class Model:
 
     def _matched(self, model: InstAP, batch) -> jax.Array:
         tokens = aligned.see_scenes(self.config, model, batch)
-        return aligned.match(model, _flat(batch["text"]), tokens)
+        return aligned.match(model, flat(batch["text"]), tokens)
 
     def _matched_instances(self, model: InstAP, batch) -> jax.Array:
         tokens = aligned.see_scenes(self.config, model, batch)
         crop = aligned.embed_instances(self.config, model, batch, tokens).crop
-        return aligned.match(model, _flat(batch["instance_text"]), crop[:, None])
+        return aligned.match(model, flat(batch["instance_text"]), crop[:, None])
 
     def _ids(self, texts: Sequence[str]) -> np.ndarray:
         if isinstance(texts, str):
@@ -340,7 +341,3 @@ def _round_up(count: int, parts: int) -> int:
     """A part's share of the count, rounded up to a power of two: few shapes, few compilations."""
     share = max(1, -(-count // parts))
     return 1 << (share - 1).bit_length()
-
-
-def _flat(array: jax.Array) -> jax.Array:
-    return array.reshape((-1, *array.shape[2:]))

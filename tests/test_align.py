@@ -184,15 +184,18 @@ class Matcher:
     """Stands for the model: pairs carry the number of their video and text, and match if equal."""
 
     def __init__(self):
-        self.text = self
-
-    def fuse(self, tokens, mask, visual, key):
-        self.pairs = np.stack([visual[:, 0, 0], tokens[:, 0, 0]], axis=-1).astype(int)
-        return jnp.asarray(self.pairs)
+        self.pairs = None
 
     def match_head(self, fused):
         same = fused[:, 0] == fused[:, 1]
         return jnp.where(same[:, None], jnp.asarray([0.0, 9.0]), jnp.asarray([9.0, 0.0]))
+
+    def judge(self, reading):
+        """(loss, details) of a term; `pairs` [g, 3 m, 2] are those it reads."""
+        texts = reading.texts
+        fused = jnp.stack([texts.visual[:, :, 0, 0], texts.tokens[:, :, 0, 0]], axis=-1)
+        self.pairs = np.asarray(fused).astype(int)
+        return reading.loss(fused)
 
 
 def test_matching_draws_negatives_within_the_group_and_only_true_ones():
@@ -218,7 +221,8 @@ def test_matching_draws_negatives_within_the_group_and_only_true_ones():
     ids = jnp.ones((groups, size, 2), jnp.int32)
     carried = jnp.asarray(number[..., None, None], jnp.float32)
     for seed in range(5):
-        loss, details = matching(model, pairs, ids, carried, carried, jax.random.key(seed))
+        reading = matching(model, pairs, ids, carried, carried, jax.random.key(seed))
+        loss, details = model.judge(reading)
         # Pairs without a negative repeat the true one: counted, they would be called wrong.
         assert details["accuracy"] == 1 and loss < 1e-3
         drawn = model.pairs.reshape(groups, 3, size, 2)
@@ -230,7 +234,7 @@ def test_matching_draws_negatives_within_the_group_and_only_true_ones():
             assert video_ids[0, video] != video_ids[0, text], "the same video"
             assert valid[0, video] and valid[0, text]
     alone = dataclasses.replace(pairs, video_ids=jnp.zeros((groups, size), jnp.int32))
-    _, details = matching(model, alone, ids, carried, carried, jax.random.key(0))
+    _, details = model.judge(matching(model, alone, ids, carried, carried, jax.random.key(0)))
     assert details["accuracy"] == 0, "true pairs count only beside false ones"
 
 

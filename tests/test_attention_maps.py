@@ -13,6 +13,7 @@ from instap_jax.evaluation import attention_maps, pointing
 from instap_jax.models.boxes import patch_cover
 from instap_jax.models.depth import layer
 from instap_jax.models.instap import InstAP
+from instap_jax.models.layers import Context
 from instap_jax.train.objectives import compute_options
 
 SIDE, FRAMES = 4, 2
@@ -146,7 +147,7 @@ def test_match_maps_by_finite_differences(model, config, maps_of):
         x = words
         for index in range(depth):
             block = layer(model.text.fusion_blocks, index)
-            x = block(x, mask=mask, context=clip, context_scale=scale[index])
+            x = block(x, mask=mask, contexts=[Context(tokens=clip[None], scale=scale[index])])
         return model.match_head(x)[0, 1]
 
     ones = np.ones((depth, 1, heads, LENGTH, TOKENS), np.float32)

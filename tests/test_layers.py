@@ -144,10 +144,14 @@ def test_cross_attention_matches_torch():
         return theirs(x, context, context, key_padding_mask=torch.tensor(~mask))[0]
 
     check_value_and_gradient(
-        lambda x: ours(x, context, mask=mask), lambda x: theirs_of(x, torch.tensor(context)), x
+        lambda x: ours(x, [layers.Context(tokens=context[None], mask=mask[None])]),
+        lambda x: theirs_of(x, torch.tensor(context)),
+        x,
     )
     check_value_and_gradient(
-        lambda c: ours(x, c, mask=mask), lambda c: theirs_of(torch.tensor(x), c), context
+        lambda c: ours(x, [layers.Context(tokens=c[None], mask=mask[None])]),
+        lambda c: theirs_of(torch.tensor(x), c),
+        context,
     )
 
 

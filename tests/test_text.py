@@ -1,5 +1,6 @@
 """The text tower against Hugging Face BERT: layer by layer, end to end, value and gradient."""
 
+import dataclasses
 import functools
 
 import bert_reference as reference
@@ -14,7 +15,8 @@ from transformers.models.bert import modeling_bert as hf
 from instap_jax import config as configuration
 from instap_jax import losses
 from instap_jax.models import depth
-from instap_jax.models.text import MatchHead, TextEncoder, text_mask
+from instap_jax.models.layers import Context
+from instap_jax.models.text import FusionTexts, MatchHead, TextEncoder, text_mask
 
 VOCAB, WIDTH, HEADS, HIDDEN, LENGTH, VISION = 60, 32, 4, 64, 12, 24
 TEXT_LAYERS, FUSION_LAYERS = 2, 2
@@ -131,7 +133,7 @@ def test_each_fusion_layer_matches_bert(index):
         reference.additive(torch.tensor(VISUAL_MASK)),
     )
     layer = depth.layer(ours.fusion_blocks, index)
-    actual = layer(x, mask=mask, context=VISUAL, context_mask=VISUAL_MASK)
+    actual = layer(x, mask=mask, contexts=[Context(tokens=VISUAL[None], mask=VISUAL_MASK[None])])
     check(actual, expected, LAYER)
 
 
@@ -212,6 +214,49 @@ def test_padding_changes_no_token():
     check(fuse(tokens, IDS, noise, VISUAL_MASK), np.asarray(fused), LAYER)
 
 
+def test_texts_fused_together_are_as_if_fused_by_kind():
+    """Kinds of other counts, lengths of context and masks; two groups; values and gradients."""
+    _, ours = towers()
+    rng = np.random.default_rng(0)
+    kinds = []
+    for count, visible in ((3, 7), (1, 1), (2, 4)):
+        seen = rng.random((2, count, visible)) < 0.7
+        kinds.append(
+            FusionTexts(
+                tokens=jnp.asarray(rng.normal(size=(2, count, 5, WIDTH)), jnp.float32),
+                mask=jnp.arange(5) < rng.integers(2, 6, (2, count, 1)),
+                visual=jnp.asarray(rng.normal(size=(2, count, visible, VISION)), jnp.float32),
+                visual_mask=None if visible == 1 else jnp.asarray(seen),
+            )
+        )
+
+    def together(kinds):
+        return ours.fuse_together(kinds)
+
+    def apart(kinds):
+        def fuse(kind):
+            flat = jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), kind)
+            fused = ours.fuse(flat.tokens, flat.mask, flat.visual, visual_mask=flat.visual_mask)
+            return fused.reshape(kind.tokens.shape)
+
+        return [fuse(kind) for kind in kinds]
+
+    def value_and_gradient(fuse):
+        def loss(floats):
+            pairs = zip(kinds, floats)
+            given = [dataclasses.replace(kind, tokens=t, visual=v) for kind, (t, v) in pairs]
+            fused = fuse(given)
+            return sum(jnp.sum(jnp.sin((i + 1) * x)) for i, x in enumerate(fused)), fused
+
+        floats = [(kind.tokens, kind.visual) for kind in kinds]
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(floats)
+
+    (_, fused), gradient = value_and_gradient(together)
+    (_, expected), expected_gradient = value_and_gradient(apart)
+    jax.tree.map(lambda a, b: check(a, np.asarray(b), LAYER), fused, expected)
+    jax.tree.map(lambda a, b: check(a, np.asarray(b), END_TO_END), gradient, expected_gradient)
+
+
 def test_a_sample_without_text_or_visual_tokens_stays_finite():
     encode, fuse = compiled()
     ids = np.zeros_like(IDS)
@@ -250,7 +295,7 @@ def test_every_dropout_of_a_layer_draws_its_own_noise():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("instap_jax.models.text.dropout", record)
         patch.setattr("instap_jax.models.layers.dropout", record)
-        block(x, mask=mask, context=VISUAL[:1], key=key)
+        block(x, mask=mask, contexts=[Context(tokens=VISUAL[None, :1])], key=key)
     # BERT: attention probabilities and output of each attention, and the MLP's output.
     assert len(drawn) == 5 == len(set(drawn)) and set(rates) == {0.1}
 

@@ -19,7 +19,7 @@ from instap_jax.models.teacher import ClipVisionOutput
 from instap_jax.models.vision import PositionGrid
 from instap_jax.train.objectives import align, objective
 from instap_jax.train.objectives.instances import see_instances
-from instap_jax.train.objectives.pairs import Pairs, matching
+from instap_jax.train.objectives.pairs import Pairs, Reading, matching
 from instap_jax.train.objectives.views import View, choose_visible, guide
 from instap_jax.types import IGNORED_TARGET
 
@@ -63,6 +63,7 @@ def instap_of(config) -> Mock:
     model.encode_instances.side_effect = encode_instances
     model.predict_teacher.side_effect = lambda taps, **_: taps
     model.text.encode.side_effect = lambda ids, **_: SimpleNamespace(tokens=1.0 * ids[..., None])
+    model.text.fuse_together.side_effect = lambda texts, **_: texts
     model.embed_visual = model.embed_text = lambda pooled: pooled
     model.tau.return_value, model.instance_tau.return_value = jnp.float32(0.25), jnp.float32(0.5)
     model.bias.return_value = model.instance_bias.return_value = None
@@ -77,12 +78,23 @@ def black_batch(config) -> dict:
     return batch
 
 
+def reading(*_) -> Reading:
+    """A term that gets back from the fusion layers what was its own."""
+    texts = object()
+
+    def loss(fused):
+        assert fused is texts
+        return 0.0, {}
+
+    return Reading(texts=texts, loss=loss)
+
+
 def see(config) -> SimpleNamespace:
     """What all parts of stage 'align' are given of one batch."""
     batch = black_batch(config)
     model, teacher = instap_of(config), teacher_of(config, batch["frames"][..., 0, 0, 0].size)
     contrast, instance_contrast = Mock(return_value=CONTRAST), Mock(return_value=CONTRAST)
-    match, words = Mock(return_value=(0.0, {})), Mock(return_value=(0.0, {}))
+    match, words = Mock(side_effect=reading), Mock(side_effect=reading)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(losses, "contrastive_loss", contrast)
         patch.setattr(losses, "instance_contrastive_loss", instance_contrast)
@@ -127,12 +139,17 @@ def test_every_network_has_its_own_normalisation(seen):
 
 
 def test_every_draw_has_a_key_of_its_own(seen):
-    model, last = seen.model, [*seen.match.call_args_list, *seen.words.call_args_list]
-    networks = (model.encoder, model.text.encode, model.encode_instances)
+    model = seen.model
+    networks = (model.encoder, model.text.encode, model.encode_instances, model.text.fuse_together)
     keys = [network.call_args.kwargs.get("key") for network in networks]
-    keys += [call.args[-1] for call in last]
-    assert len(keys) == 7 and all(key is not None for key in keys)
-    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 7
+    keys += [call.args[-1] for call in seen.match.call_args_list]
+    assert len(keys) == 6 and all(key is not None for key in keys)
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 6
+
+
+def test_all_texts_are_fused_at_once(seen):
+    (texts,) = seen.model.text.fuse_together.call_args.args
+    assert len(texts) == 4  # and `reading` holds each to its own
 
 
 def test_samples_are_contrasted_with_their_captions(seen):
@@ -335,7 +352,8 @@ def test_negatives_are_the_most_similar_by_rows_and_by_columns():
     model, carried = Matcher(), jnp.asarray(number[..., None, None], jnp.float32)
     for seed in range(3):
         key = jax.random.key(seed)
-        matching(model, pairs, jnp.ones((1, 4, 2), jnp.int32), carried, carried, key)
+        ids = jnp.ones((1, 4, 2), jnp.int32)
+        model.judge(matching(model, pairs, ids, carried, carried, key))
         _, videos, texts = model.pairs.reshape(3, 4, 2)
         np.testing.assert_array_equal(videos[:, 0], [1, 2, 3, 0])
         np.testing.assert_array_equal(texts[:, 1], [3, 0, 1, 2])

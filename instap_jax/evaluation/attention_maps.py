@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from instap_jax.evaluation import aligned
 from instap_jax.models.depth import layer
 from instap_jax.models.instap import InstAP
+from instap_jax.models.layers import Context
 from instap_jax.models.text import text_mask
 
 Array = jax.Array
@@ -92,7 +93,8 @@ def match_maps(model: InstAP, tokens: Array, ids: Array, parent: Array) -> Array
         def match_logit(scale: Array) -> Array:
             x = start
             for index in range(depth):
-                x = layer(blocks, index)(x, mask=mask, context=context, context_scale=scale[index])
+                seen = [Context(tokens=context[None], scale=scale[index])]
+                x = layer(blocks, index)(x, mask=mask, contexts=seen)
             return model.match_head(x)[0, 1]
 
         # At a scale of ones this gradient is probability times gradient.

@@ -39,6 +39,7 @@ from instap_jax.models import boxes as box
 from instap_jax.models import preprocess
 from instap_jax.models.distillation import Student
 from instap_jax.models.instap import InstAP
+from instap_jax.models.placement import flat
 from instap_jax.models.teacher import ClipModel
 from instap_jax.train import checkpoint, inputs
 from instap_jax.train.objectives import OBJECTIVES, embed_frames, term_weights, whole_view
@@ -202,7 +203,7 @@ class Encoder:
                 )
             model = nnx.merge(self.graphdef, params["model"])
             out, seen = _EMBED[self.config.stage](self.config, model, batch)
-            out |= {name: _flat(batch[name]) for name in PASSED_KEYS}
+            out |= {name: flat(batch[name]) for name in PASSED_KEYS}
             out = {k: jax.lax.with_sharding_constraint(v, whole) for k, v in out.items()}
             if tokens:
                 seen = seen.reshape((seen.shape[0], -1, seen.shape[-1]))
@@ -403,11 +404,7 @@ def _entities(batch: Batch, tokens: jax.Array) -> jax.Array:
     groups, size = batch["frames"].shape[:2]
     grouped = tokens.reshape((groups, size, *tokens.shape[1:]))
     boxes, present, parent = (batch[name] for name in ("boxes", "present", "parent"))
-    return _flat(jax.vmap(pool_boxes)(grouped, boxes, present, parent))
-
-
-def _flat(array: jax.Array) -> jax.Array:
-    return array.reshape((-1, *array.shape[2:]))
+    return flat(jax.vmap(pool_boxes)(grouped, boxes, present, parent))
 
 
 def _instances_name(config: ConfigDict) -> str:

@@ -19,7 +19,7 @@ from jax import lax
 from instap_jax.models import boxes as box
 from instap_jax.models.depth import scan_blocks, stack
 from instap_jax.models.layers import CrossAttention, LayerNorm, Linear
-from instap_jax.models.placement import data_ways, split_over_data
+from instap_jax.models.placement import data_ways, flat, split_over_data
 from instap_jax.models.preprocess import crop_and_resize
 from instap_jax.models.vision import NORM_EPSILON, VisionEncoder
 
@@ -250,17 +250,12 @@ class SceneBlock(nnx.Module):
         def of_instances(scenes: Array) -> Array:
             """[g * b, ...] -> [g * n, ...], each instance's own scene."""
             grouped = scenes.reshape((parent.shape[0], -1, *scenes.shape[1:]))
-            return _flat(jax.vmap(lambda scene, parent: scene[parent])(grouped, parent))
+            return flat(jax.vmap(lambda scene, parent: scene[parent])(grouped, parent))
 
         # Keys and values once per scene, then shared by its instances. Groups are laid out flat:
         # attention over samples is what the kernels split over devices.
-        k, v = self.attention.keys_values(self.scene_norm(_flat(scenes)))
-        mask = None if mask is None else of_instances(_flat(mask))
-        y = self.attention.attend(
-            self.norm(_flat(crops)), of_instances(k), of_instances(v), mask=mask
-        )
-        return crops + y.reshape(crops.shape)
-
-
-def _flat(x: Array) -> Array:
-    return x.reshape((-1, *x.shape[2:]))
+        k, v = self.attention.keys_values(self.scene_norm(flat(scenes)))
+        mask = None if mask is None else of_instances(flat(mask))
+        q = self.attention.queries(self.norm(flat(crops)))
+        y = self.attention.attend(q, of_instances(k), of_instances(v), mask=mask)
+        return crops + self.attention.out(y).reshape(crops.shape)

@@ -12,18 +12,20 @@ Axis letters of the einsums:
   e = h * c, heads side by side   x which of query, key, value
 """
 
+import dataclasses
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
 from instap_jax.models import attention_backends
 from instap_jax.models.kernels import layer_norm
-from instap_jax.models.placement import gathered
+from instap_jax.models.placement import flat, gathered
 
 Array = jax.Array
 Initializer = Callable[..., Array]
@@ -282,8 +284,24 @@ class Attention(nnx.Module):
         return q + bias[0], k, v + bias[-1]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Context:
+    """What m consecutive rows of every group attend to, g groups.
+
+    Attributes:
+      tokens: [g, m, v, width of the context].
+      mask: bool [g, m, v] over them; None: all.
+      scale: float32 [g * m, h, n, v], see `dot_product_attention`.
+    """
+
+    tokens: Array
+    mask: Array | None = None
+    scale: Array | None = None
+
+
 class CrossAttention(nnx.Module):
-    """Multi-head attention from x to a context of another width; full bias.
+    """Multi-head attention from x to contexts of another width; full bias.
 
     `out_scale`: of the output projection's initial kernel.
     """
@@ -319,25 +337,42 @@ class CrossAttention(nnx.Module):
     def __call__(
         self,
         x: Array,
-        context: Array,
+        contexts: Sequence[Context],
         *,
-        mask: Array | None = None,
         dropout_rate: float = 0.0,
         key: Array | None = None,
-        scale: Array | None = None,
     ) -> Array:
-        """x [b, n, d], context [b, m, its width], mask bool [b, m] over it -> [b, n, d]."""
-        k, v = self.keys_values(context)
-        return self.attend(x, k, v, mask=mask, dropout_rate=dropout_rate, key=key, scale=scale)
+        """[g * M, n, d] -> the same; the M rows of a group are those of the contexts, in turn."""
+        groups = contexts[0].tokens.shape[0]
+        ends = np.cumsum([context.tokens.shape[1] for context in contexts])
+        q = self.queries(x)
+        parts = jnp.split(q.reshape((groups, -1, *q.shape[1:])), ends[:-1], axis=1)
+        y = []
+        for index, (part, context) in enumerate(zip(parts, contexts, strict=True)):
+            seen = self.attend(
+                flat(part),
+                *self.keys_values(flat(context.tokens)),
+                mask=None if context.mask is None else flat(context.mask),
+                dropout_rate=dropout_rate,
+                key=None if key is None else jax.random.fold_in(key, index),
+                scale=context.scale,
+            )
+            y.append(seen.reshape(part.shape))
+        return self.out(flat(jnp.concatenate(y, axis=1)))
 
     def keys_values(self, context: Array) -> tuple[Array, Array]:
         """A context [b, m, width of it] -> two of [b, m, e]: for contexts that several x share."""
         k, v = self._project(context, self.key_value, self.key_value_bias)
         return k, v
 
+    def queries(self, x: Array) -> Array:
+        """[b, n, d] -> [b, n, e]."""
+        (q,) = self._project(x, self.query, self.query_bias)
+        return q
+
     def attend(
         self,
-        x: Array,
+        q: Array,
         k: Array,
         v: Array,
         *,
@@ -346,9 +381,8 @@ class CrossAttention(nnx.Module):
         key: Array | None = None,
         scale: Array | None = None,
     ) -> Array:
-        """`__call__` with what `keys_values` returned."""
-        (q,) = self._project(x, self.query, self.query_bias)
-        y = dot_product_attention(
+        """What `queries` and `keys_values` returned -> [b, n, e], before the output projection."""
+        return dot_product_attention(
             q,
             k,
             v,
@@ -359,7 +393,6 @@ class CrossAttention(nnx.Module):
             scale=scale,
             backend=self.backend,
         )
-        return self.out(y)
 
     def _project(self, x: Array, kernel: nnx.Param, bias: nnx.Param) -> list[Array]:
         x = x.astype(self.dtype)

@@ -80,6 +80,11 @@ def _gather_backward(dtype, split, value, gradient):
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
+def flat(array: Array) -> Array:
+    """[g, b, ...] -> [g * b, ...], groups one after another; rows stay on their device."""
+    return array.reshape((-1, *array.shape[2:]))
+
+
 def split_over_data(tree: Any) -> Any:
     """Keeps the leading (batch) axis of activations split over the data axes.
 

@@ -12,10 +12,12 @@ Axis letters: B samples, s text length, d width, V visual tokens, e their width.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -23,6 +25,7 @@ from instap_jax.models.depth import scan_blocks, stack
 from instap_jax.models.layers import (
     Attention,
     Bias,
+    Context,
     CrossAttention,
     LayerNorm,
     Linear,
@@ -30,7 +33,7 @@ from instap_jax.models.layers import (
     dropout,
     exact_gelu,
 )
-from instap_jax.models.placement import gathered
+from instap_jax.models.placement import flat, gathered
 
 Array = jax.Array
 
@@ -51,6 +54,22 @@ class TextOutput:
 
     tokens: Array
     pooled: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FusionTexts:
+    """Texts of one kind and what the fusion layers show them: m of each of g groups.
+
+    Attributes:
+      tokens: [g, m, s, d] from `TextEncoder.encode`. mask: bool [g, m, s] from `text_mask`.
+      visual: [g, m, V, e]. visual_mask: bool [g, m, V], True where there is a token; None: all.
+    """
+
+    tokens: Array
+    mask: Array
+    visual: Array
+    visual_mask: Array | None = None
 
 
 def text_mask(ids: Array) -> Array:
@@ -142,16 +161,38 @@ class TextEncoder(nnx.Module):
         Returns:
           [B, s, d] in the compute dtype.
         """
+        texts = FusionTexts(
+            tokens=text_tokens[:, None],
+            mask=text_mask[:, None],
+            visual=visual[:, None],
+            visual_mask=None if visual_mask is None else visual_mask[:, None],
+        )
+        return self.fuse_together([texts], key=key)[0][:, 0]
+
+    def fuse_together(
+        self, texts: Sequence[FusionTexts], *, key: Array | None = None
+    ) -> list[Array]:
+        """Runs the fusion layers once for texts of several kinds, all of the same groups and s.
+
+        Only the attention to visual tokens is each kind's own: everything else is one product of
+        all texts, whose weights are gathered once, and the program holds the layer once.
+
+        Returns:
+          [g, m, s, d] of each kind, in the compute dtype.
+        """
+        groups = texts[0].tokens.shape[0]
+        mask = _join([kind.mask for kind in texts])
+        contexts = [Context(tokens=kind.visual, mask=kind.visual_mask) for kind in texts]
         tokens, _ = scan_blocks(
             self.fusion_blocks,
-            text_tokens,
+            _join([kind.tokens for kind in texts]),
             remat=self.remat,
             key=key,
-            call=lambda block, x, key, _: block(
-                x, mask=text_mask, context=visual, context_mask=visual_mask, key=key
-            ),
+            call=lambda block, x, key, _: block(x, mask=mask, contexts=contexts, key=key),
         )
-        return tokens
+        tokens = tokens.reshape((groups, -1, *tokens.shape[1:]))
+        ends = np.cumsum([kind.tokens.shape[1] for kind in texts])
+        return jnp.split(tokens, ends[:-1], axis=1)
 
     def mlm_logits(self, tokens: Array) -> Array:
         """Fused tokens [B, s, d] -> float32 logits over the vocabulary [B, s, vocab_size]."""
@@ -223,25 +264,23 @@ class TextBlock(nnx.Module):
         x: Array,
         *,
         mask: Array,
-        context: Array | None = None,
-        context_mask: Array | None = None,
-        context_scale: Array | None = None,
+        contexts: Sequence[Context] = (),
         key: Array | None = None,
     ) -> Array:
-        """[B, s, d] -> [B, s, d]; mask bool [B, s], context [B, V, e], context_mask bool [B, V].
-
-        `context_scale` [B, h, s, V]: see `layers.dot_product_attention`.
-        """
+        """[B, s, d] -> [B, s, d]; mask bool [B, s], contexts of `layers.CrossAttention`."""
         keys = (None,) * 5 if key is None else jax.random.split(key, 5)
         rate = self.dropout
         y = self.attention(x, mask=mask, dropout_rate=rate, key=keys[0])
         x = self.attention_norm(x + dropout(y, rate=rate, key=keys[1]))
         if self.cross is not None:
-            y = self.cross(
-                x, context, mask=context_mask, dropout_rate=rate, key=keys[2], scale=context_scale
-            )
+            y = self.cross(x, contexts, dropout_rate=rate, key=keys[2])
             x = self.cross_norm(x + dropout(y, rate=rate, key=keys[3]))
         return self.mlp_norm(x + dropout(self.mlp(x), rate=rate, key=keys[4]))
+
+
+def _join(parts: Sequence[Array]) -> Array:
+    """[g, m, ...] each -> [g * (sum of m), ...]; every row stays in its group."""
+    return flat(jnp.concatenate(parts, axis=1))
 
 
 class MaskedLanguageHead(nnx.Module):

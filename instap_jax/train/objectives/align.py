@@ -17,13 +17,13 @@ from instap_jax import losses, masking, sharding
 from instap_jax.config import needs_teacher
 from instap_jax.models import preprocess
 from instap_jax.models.instap import InstanceFeatures, InstAP
+from instap_jax.models.placement import flat
 from instap_jax.models.teacher import ClipVision
 from instap_jax.models.text import PAD_ID
 from instap_jax.train.objectives.base import (
     LossResult,
     Objective,
     compute_options,
-    flat,
     nothing,
 )
 from instap_jax.train.objectives.distill import create_teacher
@@ -32,7 +32,7 @@ from instap_jax.train.objectives.instances import (
     instance_valid,
     see_instances,
 )
-from instap_jax.train.objectives.pairs import Pairs, masked_language, matching
+from instap_jax.train.objectives.pairs import Pairs, Reading, masked_language, matching
 from instap_jax.train.objectives.views import Guidance, View, draw_view, guide
 from instap_jax.types import Batch
 
@@ -42,7 +42,7 @@ TERMS = ("rec", "vtc", "vtm", "mlm", *INSTANCE_TERMS)
 # One random stream for each purpose, whatever terms a configuration switches off.
 _STREAMS = (
     "view", "mask", "scene", "crop_mask", "crop", "text", "corrupt", "inst_corrupt",
-    "vtm", "mlm", "inst_vtm", "inst_mlm",
+    "vtm", "inst_vtm", "fusion",
 )  # fmt: skip
 
 
@@ -104,7 +104,8 @@ def _loss(config, model: InstAP, teacher: ClipVision, batch: Batch, key) -> Loss
         valid = flat(batch["sample_valid"])
         loss = losses.distillation_loss(scene.predicted, scene.guidance.target, valid)
         results["rec"] = loss, {}
-    results |= _sample_terms(config, model, batch, scene, texts, keys, weights)
+    found, readings = _sample_terms(config, model, batch, scene, texts, keys, weights)
+    results |= found
     if any(term in weights for term in INSTANCE_TERMS):
         seen = see_instances(
             config,
@@ -116,7 +117,10 @@ def _loss(config, model: InstAP, teacher: ClipVision, batch: Batch, key) -> Loss
             mask_key=keys["crop_mask"],
             key=keys["crop"],
         )
-        results |= _instance_terms(config, model, batch, seen, texts, keys, weights)
+        found, more = _instance_terms(config, model, batch, seen, texts, keys, weights)
+        results |= found
+        readings |= more
+    results |= _read(model, readings, keys["fusion"])
     metrics = {
         "temperature": model.tau(),
         "instance_temperature": model.instance_tau(),
@@ -200,9 +204,18 @@ def _encode_texts(config, model, batch: Batch, keys, weights) -> dict[str, _Text
     }
 
 
+def _read(model, readings: dict[str, Reading], key) -> dict[str, LossResult]:
+    """Every term of the fusion layers, through these at once."""
+    if not readings:
+        return {}
+    fused = model.text.fuse_together([reading.texts for reading in readings.values()], key=key)
+    return {term: reading.loss(tokens) for (term, reading), tokens in zip(readings.items(), fused)}
+
+
 def _sample_terms(config, model, batch: Batch, scene: _Scene, texts, keys, weights):
-    """(2), (3), (4): whole samples and their captions."""
+    """Whole samples and their captions: (2), and what (3) and (4) read."""
     results: dict[str, LossResult] = {}
+    readings: dict[str, Reading] = {}
     if "captions" in texts:
         pairs = Pairs(
             video=scene.embedding,
@@ -222,13 +235,13 @@ def _sample_terms(config, model, batch: Batch, scene: _Scene, texts, keys, weigh
         )
     if "vtm" in weights:
         text = texts["captions"]
-        results["vtm"] = matching(model, pairs, text.ids, text.tokens, scene.tokens, keys["vtm"])
+        readings["vtm"] = matching(model, pairs, text.ids, text.tokens, scene.tokens, keys["vtm"])
     if "mlm" in weights:
         text, valid = texts["masked captions"], batch["sample_valid"]
-        results["mlm"] = masked_language(
-            model, text.ids, text.targets, text.tokens, scene.tokens, None, valid, keys["mlm"]
+        readings["mlm"] = masked_language(
+            model, text.ids, text.targets, text.tokens, scene.tokens, None, valid
         )
-    return results
+    return results, readings
 
 
 def _with_sentences(model, batch: Batch, pairs: Pairs, sentences: _Text) -> Pairs:
@@ -250,8 +263,9 @@ def _with_sentences(model, batch: Batch, pairs: Pairs, sentences: _Text) -> Pair
 
 
 def _instance_terms(config, model, batch: Batch, seen: InstanceFeatures, texts, keys, weights):
-    """(8), (9), (10): instances and their sentences."""
+    """Instances and their sentences: (8), and what (9) and (10) read."""
     results: dict[str, LossResult] = {}
+    readings: dict[str, Reading] = {}
     valid = instance_valid(batch)
     if "sentences" in texts:
         text = texts["sentences"]
@@ -275,20 +289,13 @@ def _instance_terms(config, model, batch: Batch, seen: InstanceFeatures, texts, 
         )
     if "inst_vtm" in weights:
         crop = seen.crop[:, :, None]  # one visual token
-        results["inst_vtm"] = matching(model, pairs, text.ids, text.tokens, crop, keys["inst_vtm"])
+        readings["inst_vtm"] = matching(model, pairs, text.ids, text.tokens, crop, keys["inst_vtm"])
     if "inst_mlm" in weights:
         text = texts["masked sentences"]
-        results["inst_mlm"] = masked_language(
-            model,
-            text.ids,
-            text.targets,
-            text.tokens,
-            seen.tokens,
-            seen.mask,
-            valid,
-            keys["inst_mlm"],
+        readings["inst_mlm"] = masked_language(
+            model, text.ids, text.targets, text.tokens, seen.tokens, seen.mask, valid
         )
-    return results
+    return results, readings
 
 
 def _contrast(loss, pairs: Pairs, **options) -> LossResult:

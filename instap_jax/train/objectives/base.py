@@ -66,8 +66,3 @@ def nothing(config: ConfigDict, rngs: nnx.Rngs) -> nnx.Module:
     """The frozen model of a stage that has none."""
     del config, rngs
     return nnx.Dict()
-
-
-def flat(array: jax.Array) -> jax.Array:
-    """[g, b, ...] -> [g * b, ...]; rows stay on their device."""
-    return array.reshape((-1, *array.shape[2:]))

@@ -8,12 +8,12 @@ from ml_collections import ConfigDict
 from instap_jax import losses
 from instap_jax.models import preprocess
 from instap_jax.models.heads import Classifier
+from instap_jax.models.placement import flat
 from instap_jax.train.objectives.base import (
     ALIGNED_ONLY,
     LossResult,
     Objective,
     compute_options,
-    flat,
     nothing,
 )
 from instap_jax.train.objectives.views import draw_view

@@ -7,8 +7,9 @@ from ml_collections import ConfigDict
 from instap_jax import losses
 from instap_jax.models import preprocess
 from instap_jax.models.distillation import Student
+from instap_jax.models.placement import flat
 from instap_jax.models.teacher import ClipVision
-from instap_jax.train.objectives.base import LossResult, Objective, compute_options, flat
+from instap_jax.train.objectives.base import LossResult, Objective, compute_options
 from instap_jax.train.objectives.views import draw_view, guide
 from instap_jax.types import Batch
 

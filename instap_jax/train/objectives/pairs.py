@@ -1,18 +1,23 @@
 """The terms that fuse text with visual tokens, the same for samples and for instances.
 
+Each says what the fusion layers are to read, and what the loss of the result is, so that all terms
+go through these layers at once (`TextEncoder.fuse_together`).
+
 Axis letters: g groups, m pairs of a group, s text length, d text width, v visual tokens, e their
 width, p shared embedding width.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from instap_jax import losses
 from instap_jax.models.instap import InstAP
-from instap_jax.models.text import text_mask
-from instap_jax.train.objectives.base import LossResult, flat
+from instap_jax.models.placement import flat
+from instap_jax.models.text import FusionTexts, text_mask
+from instap_jax.train.objectives.base import LossResult
 from instap_jax.train.objectives.instances import gather_in_group
 from instap_jax.types import IGNORED_TARGET
 
@@ -38,6 +43,19 @@ class Pairs:
     text_ids: jax.Array
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading:
+    """A term of the fusion layers.
+
+    Attributes:
+      texts: what they read.
+      loss: of what comes out, [g, m, s, d].
+    """
+
+    texts: FusionTexts
+    loss: Callable[[jax.Array], LossResult]
+
+
 def matching(
     model: InstAP,
     pairs: Pairs,
@@ -45,7 +63,7 @@ def matching(
     tokens: jax.Array,
     visual: jax.Array,
     key: jax.Array,
-) -> LossResult:
+) -> Reading:
     """VTM of (3) and (9), with one hard negative video and text a pair, from its own group.
 
     Args:
@@ -53,10 +71,10 @@ def matching(
       visual: [g, m, v, e], what a text is fused with.
 
     Returns:
-      The loss, and {'accuracy'} over the defined pairs, a third of which are true.
+      Of 3 m texts a group: the loss, and {'accuracy'} over the defined pairs, a third of which are
+      true.
     """
-    draw_key, drop_key = jax.random.split(key)
-    videos, texts = _negatives(pairs, draw_key)
+    videos, texts = _negatives(pairs, key)
     other_visual = gather_in_group(visual, videos[0])
     other_ids, other_tokens = gather_in_group((ids, tokens), texts[0])
     # As UMT: true pairs, other videos for the texts, other texts for the videos.
@@ -66,11 +84,16 @@ def matching(
     # A true pair counts beside a false one: alone it would teach to call everything a match.
     false = [pairs.valid & found[1] for found in (videos, texts)]
     valid = jnp.concatenate([false[0] | false[1], *false], axis=1)
-    true = jnp.zeros(valid.shape, jnp.int32).at[:, : pairs.valid.shape[1]].set(1)
-    fused = model.text.fuse(flat(tokens), text_mask(flat(ids)), flat(visual), key=drop_key)
-    logits, labels, valid = model.match_head(fused), flat(true), flat(valid)
-    right = jnp.argmax(logits, axis=-1) == labels
-    return losses.matching_loss(logits, labels, valid), {"accuracy": _mean(right, valid)}
+    labels = jnp.zeros(valid.shape, jnp.int32).at[:, : pairs.valid.shape[1]].set(1)
+
+    def loss(fused: jax.Array) -> LossResult:
+        logits = model.match_head(flat(fused))
+        right = jnp.argmax(logits, axis=-1) == flat(labels)
+        value = losses.matching_loss(logits, flat(labels), flat(valid))
+        return value, {"accuracy": _mean(right, flat(valid))}
+
+    texts = FusionTexts(tokens=tokens, mask=text_mask(ids), visual=visual)
+    return Reading(texts=texts, loss=loss)
 
 
 def _negatives(pairs: Pairs, key: jax.Array):
@@ -98,8 +121,7 @@ def masked_language(
     visual: jax.Array,
     visual_mask: jax.Array | None,
     valid: jax.Array,
-    key: jax.Array,
-) -> LossResult:
+) -> Reading:
     """MLM of (4) and (10): the chosen tokens of a text from what is left of it and its visuals.
 
     Args:
@@ -107,19 +129,18 @@ def masked_language(
       visual: [g, m, v, e]. visual_mask: bool [g, m, v], or None. valid: bool [g, m].
 
     Returns:
-      The loss, and {'accuracy'} over the predicted tokens.
+      Of m texts a group: the loss, and {'accuracy'} over the predicted tokens.
     """
-    fused = model.text.fuse(
-        flat(tokens),
-        text_mask(flat(ids)),
-        flat(visual),
-        visual_mask=None if visual_mask is None else flat(visual_mask),
-        key=key,
-    )
-    logits, targets, valid = model.text.mlm_logits(fused), flat(targets), flat(valid)
-    predicted = (targets != IGNORED_TARGET) & valid[:, None]
-    accuracy = _mean(jnp.argmax(logits, axis=-1) == targets, predicted)
-    return losses.masked_language_loss(logits, targets, valid), {"accuracy": accuracy}
+    targets, valid = flat(targets), flat(valid)
+
+    def loss(fused: jax.Array) -> LossResult:
+        logits = model.text.mlm_logits(flat(fused))
+        predicted = (targets != IGNORED_TARGET) & valid[:, None]
+        accuracy = _mean(jnp.argmax(logits, axis=-1) == targets, predicted)
+        return losses.masked_language_loss(logits, targets, valid), {"accuracy": accuracy}
+
+    texts = FusionTexts(tokens=tokens, mask=text_mask(ids), visual=visual, visual_mask=visual_mask)
+    return Reading(texts=texts, loss=loss)
 
 
 def _mean(values: jax.Array, where: jax.Array) -> jax.Array:

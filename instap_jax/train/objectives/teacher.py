@@ -6,12 +6,12 @@ from ml_collections import ConfigDict
 
 from instap_jax import losses, sharding
 from instap_jax.models import preprocess
+from instap_jax.models.placement import flat
 from instap_jax.models.teacher import ClipModel
 from instap_jax.train.objectives.base import (
     LossResult,
     Objective,
     compute_options,
-    flat,
     nothing,
 )
 from instap_jax.train.objectives.views import draw_view

@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 
 from instap_jax import masking
 from instap_jax.models import preprocess
+from instap_jax.models.placement import flat
 from instap_jax.models.teacher import ClipVision, ClipVisionOutput
-from instap_jax.train.objectives.base import flat
 from instap_jax.types import Batch
 
 
