@@ -127,8 +127,10 @@ def drop_path(x: Array, *, rate: float | Array, key: Array | None) -> Array:
 
 def _drop(x: Array, rate: float | Array, key: Array, shape: tuple[int, ...]) -> Array:
     keep = 1.0 - jnp.asarray(rate, jnp.float32)
-    factor = jax.random.bernoulli(key, keep, shape) / keep
-    return x * factor.astype(x.dtype)
+    # Drawn once and stored, a byte an element: XLA would draw again, twenty rounds of arithmetic,
+    # within every product that reads the result, its gradient or that of a bias.
+    kept = lax.optimization_barrier(jax.random.bernoulli(key, keep, shape))
+    return x * (kept / keep).astype(x.dtype)
 
 
 def attention_probabilities(q: Array, k: Array, *, mask: Array | None = None) -> Array:
