@@ -31,6 +31,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "still_boxes": _STILL,
     "sigmoid": {"contrastive.loss": "sigmoid"},
     "siblings": {"align.alpha": 1.0},
+    "scene_sentences": {"align.global_instances": True},
     "no_cross_attention": {"align.cross_attention": False},
     "scene_anchor": {"align.scene_anchor": True},
     "size_code": {"align.size_code": True},

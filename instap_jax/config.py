@@ -215,7 +215,8 @@ def _align() -> ConfigDict:
     # surroundings; and the scale of the cross-attention's output projection at its start.
     c.crop_context = 1.0
     c.cross_attention_scale = 1.0
-    # Baseline UMT (g+i): instance sentences are further captions of the whole video in (2).
+    # Instance sentences are further captions of their whole video in (2): without instance terms
+    # the baseline UMT (g+i), beside them beyond the paper.
     c.global_instances = False
     return c
 

@@ -30,6 +30,7 @@ def align_config(**changes) -> ConfigDict:
     c.align.instance = 0.1
     c.data.update(batch_size=16, frames=2)
     c.vision.depth = c.teacher.depth = 2
+    c.text.dropout = 0.1
     c.update_from_flattened_dict(changes)
     return c
 
@@ -193,9 +194,16 @@ class Matcher:
     def judge(self, reading):
         """(loss, details) of a term; `pairs` [g, 3 m, 2] are those it reads."""
         texts = reading.texts
+        # Of text i the first i + 1 places: as `texts_of` made it.
+        np.testing.assert_array_equal(texts.mask.sum(-1), texts.tokens[:, :, 0, 0] + 1)
         fused = jnp.stack([texts.visual[:, :, 0, 0], texts.tokens[:, :, 0, 0]], axis=-1)
         self.pairs = np.asarray(fused).astype(int)
         return reading.loss(fused)
+
+
+def texts_of(number: np.ndarray) -> jax.Array:
+    """int32 [g, m, s]: text i has i + 1 words."""
+    return jnp.asarray(np.arange(number.max() + 1) <= number[..., None], jnp.int32)
 
 
 def test_matching_draws_negatives_within_the_group_and_only_true_ones():
@@ -218,7 +226,7 @@ def test_matching_draws_negatives_within_the_group_and_only_true_ones():
         text_ids=jnp.asarray(text_ids),
     )
     model = Matcher()
-    ids = jnp.ones((groups, size, 2), jnp.int32)
+    ids = texts_of(number)
     carried = jnp.asarray(number[..., None, None], jnp.float32)
     for seed in range(5):
         reading = matching(model, pairs, ids, carried, carried, jax.random.key(seed))

@@ -147,7 +147,7 @@ def test_match_maps_by_finite_differences(model, config, maps_of):
         x = words
         for index in range(depth):
             block = layer(model.text.fusion_blocks, index)
-            x = block(x, mask=mask, contexts=[Context(tokens=clip[None], scale=scale[index])])
+            x = block(x, mask=mask, contexts=[Context(tokens=clip[None], scale=scale[index][None])])
         return model.match_head(x)[0, 1]
 
     ones = np.ones((depth, 1, heads, LENGTH, TOKENS), np.float32)

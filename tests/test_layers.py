@@ -163,6 +163,18 @@ def test_block_matches_torch():
     check_value_and_gradient(ours, theirs, normal(2, 7, WIDTH))
 
 
+def test_a_dropout_mask_is_stored_and_not_drawn_again_by_every_reader():
+    drop = functools.partial(layers.dropout, rate=0.5, key=jax.random.key(0))
+    held = [
+        e
+        for e in jax.make_jaxpr(drop)(normal(8)).eqns
+        if e.primitive.name == "optimization_barrier"
+    ]
+    assert [v.aval.dtype for e in held for v in e.outvars] == [bool]
+    np.testing.assert_array_equal(drop(jnp.ones(8)), jax.jit(drop)(jnp.ones(8)))
+    assert set(np.unique(drop(jnp.ones(8)))) == {0.0, 2.0}
+
+
 def test_quick_gelu_is_clips():
     x = normal(50)
     np.testing.assert_allclose(layers.quick_gelu(x), x / (1 + np.exp(-1.702 * x)), atol=1e-6)

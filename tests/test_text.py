@@ -284,7 +284,7 @@ def test_dropout_needs_a_key_and_follows_it():
 
 def test_every_dropout_of_a_layer_draws_its_own_noise():
     block = depth.layer(towers()[1].fusion_blocks, 0)
-    x, mask, key = normal(1, 6, WIDTH), np.ones((1, 6), bool), jax.random.key(0)
+    x, mask, key = normal(2, 6, WIDTH), np.ones((2, 6), bool), jax.random.key(0)
     drawn, rates = [], []
 
     def record(x, *, rate, key):
@@ -295,9 +295,10 @@ def test_every_dropout_of_a_layer_draws_its_own_noise():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("instap_jax.models.text.dropout", record)
         patch.setattr("instap_jax.models.layers.dropout", record)
-        block(x, mask=mask, contexts=[Context(tokens=VISUAL[None, :1])], key=key)
+        contexts = [Context(tokens=VISUAL[None, i : i + 1]) for i in range(2)]
+        block(x, mask=mask, contexts=contexts, key=key)
     # BERT: attention probabilities and output of each attention, and the MLP's output.
-    assert len(drawn) == 5 == len(set(drawn)) and set(rates) == {0.1}
+    assert len(drawn) == 6 == len(set(drawn)) and set(rates) == {0.1}
 
 
 @pytest.mark.parametrize("remat", ["dots", "all"])

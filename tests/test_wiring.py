@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from runner import batch_for
-from test_align import Matcher, align_config
+from test_align import Matcher, align_config, texts_of
 from tiny import tiny_config
 
 from instap_jax import losses
 from instap_jax.losses import ContrastiveOutput
 from instap_jax.models import boxes, instances, preprocess
 from instap_jax.models.instap import InstanceFeatures
+from instap_jax.models.placement import flat
 from instap_jax.models.teacher import ClipVisionOutput
 from instap_jax.models.vision import PositionGrid
 from instap_jax.train.objectives import align, objective
@@ -108,10 +109,6 @@ def see(config) -> SimpleNamespace:
 def seen():
     changes = {"align.mlm_ratio": 1.0, "align.alpha": 0.25, "align.crop_mask_ratio": 0.5}
     return see(align_config(**changes, **{"data.batch_size": 4}))
-
-
-def flat(array):
-    return array.reshape((-1, *array.shape[2:]))
 
 
 def of_parents(batch, name: str):
@@ -352,8 +349,7 @@ def test_negatives_are_the_most_similar_by_rows_and_by_columns():
     model, carried = Matcher(), jnp.asarray(number[..., None, None], jnp.float32)
     for seed in range(3):
         key = jax.random.key(seed)
-        ids = jnp.ones((1, 4, 2), jnp.int32)
-        model.judge(matching(model, pairs, ids, carried, carried, key))
+        model.judge(matching(model, pairs, texts_of(number), carried, carried, key))
         _, videos, texts = model.pairs.reshape(3, 4, 2)
         np.testing.assert_array_equal(videos[:, 0], [1, 2, 3, 0])
         np.testing.assert_array_equal(texts[:, 1], [3, 0, 1, 2])

@@ -93,7 +93,7 @@ def match_maps(model: InstAP, tokens: Array, ids: Array, parent: Array) -> Array
         def match_logit(scale: Array) -> Array:
             x = start
             for index in range(depth):
-                seen = [Context(tokens=context[None], scale=scale[index])]
+                seen = [Context(tokens=context[None], scale=scale[index][None])]
                 x = layer(blocks, index)(x, mask=mask, contexts=seen)
             return model.match_head(x)[0, 1]
 

@@ -30,6 +30,7 @@ from instap_jax.evaluation.results import Measurement
 from instap_jax.evaluation.strips import read_frames, strip
 from instap_jax.models import boxes as box
 from instap_jax.models.instap import InstAP
+from instap_jax.models.placement import flat
 from instap_jax.progress import Progress
 from instap_jax.train.objectives import term_weights
 from instap_jax.types import Batch, Kind
@@ -124,7 +125,7 @@ def make_maps(encoder: Encoder) -> Maps:
             found = jax.vmap(functools.partial(_MAPS[method], model))(tokens, *texts)
             out[method] = found.reshape((*boxes.shape[:3], side, side))
             out[f"{method}{_SMOOTHED}"] = attention_maps.rank_gaussian_filter(out[method])
-        return {name: array.reshape((-1, *array.shape[2:])) for name, array in out.items()}
+        return jax.tree.map(flat, out)
 
     return jax.jit(maps, out_shardings=sharding.replicated(encoder.mesh))
 

@@ -362,7 +362,7 @@ def pool_boxes(
 def _embed_clip(config: ConfigDict, model: ClipModel, batch: Batch):
     video = whole_view(batch).render(batch, config.teacher.image_size, preprocess.CLIP)
     clips, frames = video.shape[:2]
-    tokens = model.visual(video.reshape((-1, *video.shape[2:])), taps=1).taps[-1]
+    tokens = model.visual(flat(video), taps=1).taps[-1]
     tokens = tokens.reshape((clips, frames, *tokens.shape[1:]))
     embedding = aligned.unit(embed_frames(model, video))
     return {"video": embedding, "entity": _entities(batch, tokens)}, tokens

@@ -18,8 +18,8 @@ from instap_jax.models.placement import data_ways, split_over_data
 Array = jax.Array
 
 _BLOCK_INPUT = "block_input"  # name, for rematerialisation
-# Bytes of a block's input on one device from which 'offload' offloads: smaller ones (texts, masked
-# scenes) take little memory, and their transfers would double the compiled loops for nothing.
+# Bytes of a block's input on one device from which 'offload' offloads: smaller ones (masked scenes)
+# take little memory, and their transfers would double the compiled loops for nothing.
 OFFLOADED_FROM = 1 << 26
 
 

@@ -27,6 +27,7 @@ from instap_jax.models.instances import (
     masked_mean,
 )
 from instap_jax.models.layers import LayerNorm, Linear, clamp
+from instap_jax.models.placement import flat
 from instap_jax.models.text import MatchHead, TextEncoder
 from instap_jax.models.vision import NORM_EPSILON, VisionEncoder
 
@@ -173,9 +174,8 @@ class InstAP(nnx.Module):
           key: for stochastic depth; None runs deterministically.
         """
         groups, count = crops.shape[:2]
-
-        flat = jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), (crops, visible, mask))
-        tokens = encode_crops(self.encoder, *flat, at_most=self.crop_frames, key=key)
+        rows = jax.tree.map(flat, (crops, visible, mask))
+        tokens = encode_crops(self.encoder, *rows, at_most=self.crop_frames, key=key)
         tokens = tokens.reshape((groups, count, *tokens.shape[1:]))
         crop = masked_mean(tokens, mask)
         if codes is not None:

@@ -19,13 +19,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 
 from instap_jax.models import attention_backends
 from instap_jax.models.kernels import layer_norm
-from instap_jax.models.placement import flat, gathered
+from instap_jax.models.placement import cut, flat, gathered, join
 
 Array = jax.Array
 Initializer = Callable[..., Array]
@@ -127,8 +126,8 @@ def drop_path(x: Array, *, rate: float | Array, key: Array | None) -> Array:
 
 def _drop(x: Array, rate: float | Array, key: Array, shape: tuple[int, ...]) -> Array:
     keep = 1.0 - jnp.asarray(rate, jnp.float32)
-    # Drawn once and stored, a byte an element: XLA would draw again, twenty rounds of arithmetic,
-    # within every product that reads the result, its gradient or that of a bias.
+    # Drawn once in a pass and stored, a byte an element: a TPU would draw again, twenty rounds of
+    # arithmetic, within every product that reads the result, its gradient or that of a bias.
     kept = lax.optimization_barrier(jax.random.bernoulli(key, keep, shape))
     return x * (kept / keep).astype(x.dtype)
 
@@ -294,7 +293,7 @@ class Context:
     Attributes:
       tokens: [g, m, v, width of the context].
       mask: bool [g, m, v] over them; None: all.
-      scale: float32 [g * m, h, n, v], see `dot_product_attention`.
+      scale: float32 [g, m, h, n, v], see `dot_product_attention`.
     """
 
     tokens: Array
@@ -346,21 +345,20 @@ class CrossAttention(nnx.Module):
     ) -> Array:
         """[g * M, n, d] -> the same; the M rows of a group are those of the contexts, in turn."""
         groups = contexts[0].tokens.shape[0]
-        ends = np.cumsum([context.tokens.shape[1] for context in contexts])
-        q = self.queries(x)
-        parts = jnp.split(q.reshape((groups, -1, *q.shape[1:])), ends[:-1], axis=1)
+        parts = cut(self.queries(x), groups, [context.tokens.shape[1] for context in contexts])
         y = []
         for index, (part, context) in enumerate(zip(parts, contexts, strict=True)):
+            of_rows = jax.tree.map(flat, context)
             seen = self.attend(
                 flat(part),
-                *self.keys_values(flat(context.tokens)),
-                mask=None if context.mask is None else flat(context.mask),
+                *self.keys_values(of_rows.tokens),
+                mask=of_rows.mask,
                 dropout_rate=dropout_rate,
                 key=None if key is None else jax.random.fold_in(key, index),
-                scale=context.scale,
+                scale=of_rows.scale,
             )
             y.append(seen.reshape(part.shape))
-        return self.out(flat(jnp.concatenate(y, axis=1)))
+        return self.out(join(y))
 
     def keys_values(self, context: Array) -> tuple[Array, Array]:
         """A context [b, m, width of it] -> two of [b, m, e]: for contexts that several x share."""

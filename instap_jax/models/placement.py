@@ -9,9 +9,12 @@ them, gathered in the compute dtype where they are used (ZeRO-3). Without a mesh
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -81,8 +84,20 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 
 def flat(array: Array) -> Array:
-    """[g, b, ...] -> [g * b, ...], groups one after another; rows stay on their device."""
+    """[g, b, ...] -> [g * b, ...], groups one after another. Rows stay on their device where the
+    data axes divide g, as they do in training."""
     return array.reshape((-1, *array.shape[2:]))
+
+
+def join(parts: Sequence[Array]) -> Array:
+    """Rows of several kinds, [g, m, ...] each -> [g * (sum of m), ...], each in its group."""
+    return flat(jnp.concatenate(parts, axis=1))
+
+
+def cut(rows: Array, groups: int, counts: Sequence[int]) -> list[Array]:
+    """The reverse of `join`: rows of so many kinds, m of each a group -> [g, m, ...] of each."""
+    grouped = rows.reshape((groups, -1, *rows.shape[1:]))
+    return jnp.split(grouped, np.cumsum(counts)[:-1], axis=1)
 
 
 def split_over_data(tree: Any) -> Any:

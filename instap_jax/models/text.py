@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -33,7 +32,7 @@ from instap_jax.models.layers import (
     dropout,
     exact_gelu,
 )
-from instap_jax.models.placement import flat, gathered
+from instap_jax.models.placement import cut, gathered, join
 
 Array = jax.Array
 
@@ -122,7 +121,8 @@ class TextEncoder(nnx.Module):
                 rngs,
             )
             self.mlm_head = MaskedLanguageHead(config, dtype=dtype, rngs=rngs)
-        self.remat = remat
+        # Texts take little memory: offloading them would double the compiled loops for nothing.
+        self.remat = "none" if remat == "offload" else remat
 
     def encode(self, ids: Array, *, key: Array | None = None) -> TextOutput:
         """Runs the text-only layers.
@@ -181,18 +181,16 @@ class TextEncoder(nnx.Module):
           [g, m, s, d] of each kind, in the compute dtype.
         """
         groups = texts[0].tokens.shape[0]
-        mask = _join([kind.mask for kind in texts])
+        mask = join([kind.mask for kind in texts])
         contexts = [Context(tokens=kind.visual, mask=kind.visual_mask) for kind in texts]
         tokens, _ = scan_blocks(
             self.fusion_blocks,
-            _join([kind.tokens for kind in texts]),
+            join([kind.tokens for kind in texts]),
             remat=self.remat,
             key=key,
             call=lambda block, x, key, _: block(x, mask=mask, contexts=contexts, key=key),
         )
-        tokens = tokens.reshape((groups, -1, *tokens.shape[1:]))
-        ends = np.cumsum([kind.tokens.shape[1] for kind in texts])
-        return jnp.split(tokens, ends[:-1], axis=1)
+        return cut(tokens, groups, [kind.tokens.shape[1] for kind in texts])
 
     def mlm_logits(self, tokens: Array) -> Array:
         """Fused tokens [B, s, d] -> float32 logits over the vocabulary [B, s, vocab_size]."""
@@ -276,11 +274,6 @@ class TextBlock(nnx.Module):
             y = self.cross(x, contexts, dropout_rate=rate, key=keys[2])
             x = self.cross_norm(x + dropout(y, rate=rate, key=keys[3]))
         return self.mlp_norm(x + dropout(self.mlp(x), rate=rate, key=keys[4]))
-
-
-def _join(parts: Sequence[Array]) -> Array:
-    """[g, m, ...] each -> [g * (sum of m), ...]; every row stays in its group."""
-    return flat(jnp.concatenate(parts, axis=1))
 
 
 class MaskedLanguageHead(nnx.Module):

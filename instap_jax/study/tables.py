@@ -106,6 +106,7 @@ TABLES: dict[str, Table] = {
     "ours": Table(
         title="Further single changes to InstAP",
         rows=_single_changes(
+            Row(label="instance sentences of the scene too", ablation="scene_sentences"),
             Row(label="siblings as negatives", ablation="siblings"),
             Row(label="half of the crop masked", ablation="crops_masked"),
             Row(label="captions from their start", ablation="whole_captions"),

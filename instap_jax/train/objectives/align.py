@@ -9,7 +9,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -17,7 +16,7 @@ from instap_jax import losses, masking, sharding
 from instap_jax.config import needs_teacher
 from instap_jax.models import preprocess
 from instap_jax.models.instap import InstanceFeatures, InstAP
-from instap_jax.models.placement import flat
+from instap_jax.models.placement import cut, flat, join
 from instap_jax.models.teacher import ClipVision
 from instap_jax.models.text import PAD_ID
 from instap_jax.train.objectives.base import (
@@ -39,7 +38,8 @@ from instap_jax.types import Batch
 INSTANCE_TERMS = ("inst_vtc", "inst_vtm", "inst_mlm")
 TERMS = ("rec", "vtc", "vtm", "mlm", *INSTANCE_TERMS)
 
-# One random stream for each purpose, whatever terms a configuration switches off.
+# One random stream for each purpose, whatever terms a configuration switches off. Dropout is drawn
+# for all texts of the text layers, and of the fusion layers, together.
 _STREAMS = (
     "view", "mask", "scene", "crop_mask", "crop", "text", "corrupt", "inst_corrupt",
     "vtm", "inst_vtm", "fusion",
@@ -194,13 +194,13 @@ def _encode_texts(config, model, batch: Batch, keys, weights) -> dict[str, _Text
         read["masked sentences"] = masked("instance_text", "inst_corrupt")
     if not read:
         return {}
-    ids = jnp.concatenate([ids for ids, _ in read.values()], axis=1)
-    tokens = model.text.encode(flat(ids), key=keys["text"]).tokens
-    tokens = tokens.reshape((*ids.shape, -1))
-    ends = np.cumsum([ids.shape[1] for ids, _ in read.values()])
+    groups = batch["text"].shape[0]
+    ids = join([ids for ids, _ in read.values()])
+    tokens = model.text.encode(ids, key=keys["text"]).tokens
+    parts = cut(tokens, groups, [ids.shape[1] for ids, _ in read.values()])
     return {
         name: _Text(ids=ids, tokens=part, targets=targets)
-        for (name, (ids, targets)), part in zip(read.items(), jnp.split(tokens, ends[:-1], axis=1))
+        for (name, (ids, targets)), part in zip(read.items(), parts)
     }
 
 
@@ -245,7 +245,7 @@ def _sample_terms(config, model, batch: Batch, scene: _Scene, texts, keys, weigh
 
 
 def _with_sentences(model, batch: Batch, pairs: Pairs, sentences: _Text) -> Pairs:
-    """Baseline 'g+i': every instance's sentence is one more caption of its whole video.
+    """`align.global_instances`: every instance's sentence is one more caption of its whole video.
 
     Pairs are added, none replaced; captions of one video are no negatives of each other.
     """

@@ -46,7 +46,7 @@ def _loss(config, model: ClipModel, frozen, batch: Batch, key) -> LossResult:
 def embed_frames(model: ClipModel, video: jax.Array) -> jax.Array:
     """[B, T, S, S, 3] -> [B, p]: CLIP sees frames one by one; a clip is the mean of its frames."""
     clips, frames = video.shape[:2]
-    images = model.embed_images(video.reshape((-1, *video.shape[2:])))
+    images = model.embed_images(flat(video))
     return images.reshape((clips, frames, -1)).mean(1)
 
 

@@ -90,7 +90,7 @@ def guide(
     attention = bool(ratio) and config.distill.mask_score != "random"
     seen = None
     if taps or attention:
-        seen = teacher(images.reshape((-1, *images.shape[2:])), taps=taps, attention=attention)
+        seen = teacher(flat(images), taps=taps, attention=attention)
         seen = jax.lax.stop_gradient(seen)
     visible = None
     if ratio:
