@@ -1,8 +1,11 @@
 """One progress line for all long work: count, share, rate, time left."""
 
 import collections
+import contextlib
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from typing import TextIO
 
 # Lines back that the rate is taken from: what work begins with, as compiling, is then soon behind.
@@ -44,6 +47,7 @@ class Progress:
         self._stream = stream or sys.stderr
         self._terminal = self._stream.isatty()
         self._interval = interval if interval is not None else (0.2 if self._terminal else 10.0)
+        self._patience = interval or (1.0 if self._terminal else 60.0)
         self._start = self._last = time.monotonic()
         self._done = self._count = done
         self._marks = collections.deque([(self._start, done)], _LINES)  # (time, count)
@@ -52,8 +56,11 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, *exc) -> None:
-        self.close()
+    def __exit__(self, kind, *_) -> None:
+        if kind is None or self._count > self._done:
+            self.close()
+        else:  # of what failed before it had begun, the fault alone is said
+            self._end_line()
 
     def update(self, count: int = 1, note: str = "") -> None:
         """Adds `count` finished units; `note` is shown at the end of the line."""
@@ -62,6 +69,29 @@ class Progress:
         if now - self._last >= self._interval:
             self._last = now
             self._print(self._line(now, note))
+            self._marks.append((now, self._count))
+
+    @contextlib.contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """While one call of unknown length is at work, says so and since when.
+
+        On a terminal every second, in a log every minute. `what` must let other threads run, as
+        compiling does.
+        """
+        start, over = time.monotonic(), threading.Event()
+
+        def tell() -> None:
+            while not over.wait(self._patience):
+                now = time.monotonic()
+                self._print(self._line(now, f"{what}, {_span(now - start)} so far"))
+
+        teller = threading.Thread(target=tell, daemon=True)
+        teller.start()
+        try:
+            yield
+        finally:
+            over.set()
+            teller.join()
 
     def close(self) -> None:
         """Prints the final line, with the whole time taken."""
@@ -70,13 +100,15 @@ class Progress:
         rate = count / max(elapsed, 1e-9)
         line = f"{self._label}  {count} {self._unit} in {_span(elapsed)}  {_rate(rate)}"
         self._print(line)
-        if self._terminal and not self._silent:
+        self._end_line()
+
+    def _end_line(self) -> None:
+        if self._terminal and self._width and not self._silent:
             print(file=self._stream, flush=True)
 
     def _line(self, now: float, note: str) -> str:
         since, before = self._marks[0]
         rate = (self._count - before) / max(now - since, 1e-9)
-        self._marks.append((now, self._count))
         line = f"{self._label}  {self._count}"
         if self._total:
             line += f"/{self._total} {self._unit} ({100 * self._count / self._total:.0f} %)"

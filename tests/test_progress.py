@@ -1,6 +1,9 @@
 """The progress line: what it says, and what it cannot know yet."""
 
 import io
+import time
+
+import pytest
 
 from instap_jax.progress import Progress
 
@@ -29,6 +32,28 @@ def test_nothing_is_said_of_the_time_left_before_the_first_unit(monkeypatch):
 def test_rate_of_what_is_slow_and_of_what_has_no_total(monkeypatch):
     found = lines(3, total=None, clock=[0.0, 100.0, 200.0], monkeypatch=monkeypatch)
     assert found == ["work  3 steps  0.03/s  here", "work  3 steps in 3 min 20 s  0.015/s"]
+
+
+def test_a_call_of_unknown_length_is_told_while_it_lasts():
+    stream = io.StringIO()
+    with Progress("work", 10, unit="steps", interval=0.01, stream=stream) as progress:
+        with pytest.raises(KeyError), progress.waiting("compiling"):
+            while not stream.getvalue():
+                time.sleep(0.01)
+            raise KeyError
+        said = stream.getvalue()
+        time.sleep(0.05)
+        assert stream.getvalue() == said, "nothing is said after it"
+    assert said.startswith("work  0/10 steps (0 %)  compiling, 0 s so far\n")
+
+
+@pytest.mark.parametrize("count, said", [(0, ""), (1, "work  1 steps in 0 s")])
+def test_of_what_fails_before_it_has_begun_nothing_is_said(count, said):
+    stream = io.StringIO()
+    with pytest.raises(KeyError), Progress("work", unit="steps", stream=stream) as progress:
+        progress.update(count)
+        raise KeyError
+    assert stream.getvalue().startswith(said) and bool(stream.getvalue()) == bool(said)
 
 
 def test_what_was_done_before_counts_but_not_as_speed(monkeypatch):

@@ -9,6 +9,7 @@ from absl import flags
 
 from instap_jax import config_check
 from instap_jax.errors import EXIT_USER_ERROR, UserError
+from instap_jax.progress import Progress
 
 CACHE = "~/.cache/instap_jax/compile"
 
@@ -42,11 +43,14 @@ def run(values: flags.FlagValues) -> int:
     where = topology.parse(values.topology, values.slices)
     out = _writable(values.json)
     cache = _made(values.cache)
-    figures = []
-    for kind in _kinds(values.kinds, lowering.kinds(config)):
-        step = lowering.lower(config, where, kind)
-        print(f"compiling the {kind} step for {where.label} ...", file=sys.stderr, flush=True)
-        figures.append(compiling.measure(step, where, cache))
+    kinds, figures = _kinds(values.kinds, lowering.kinds(config)), []
+    with Progress(f"compile for {where.label}", len(kinds), unit="steps") as progress:
+        for kind in kinds:
+            with progress.waiting(f"tracing that of {kind}s"):
+                step = lowering.lower(config, where, kind)
+            with progress.waiting(f"compiling that of {kind}s"):
+                figures.append(compiling.measure(step, where, cache))
+            progress.update()
     print(report.table(where, figures))
     if out:
         aside = out.with_suffix(".partial")

@@ -11,6 +11,7 @@ The frozen teacher always comes from `config.teacher.checkpoint`.
 import dataclasses
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -161,9 +162,11 @@ class _Run:
                 fed = next(self._feed)
                 self._clock.wait(time.perf_counter() - waited)
                 self._checkpointer.check()
-                if self._clock.compiles(fed.kind):
+                first = self._clock.compiles(fed.kind)
+                if first:
                     jax.block_until_ready(state)  # else the step before would run untimed meanwhile
-                with self._clock.calling(fed.kind):
+                told = progress.waiting(f"compiling for {fed.kind}s") if first else nullcontext()
+                with told, self._clock.calling(fed.kind):
                     self._measure_flops(state, frozen, fed)
                     state, metrics = tracer.step(
                         step, self._program.step, state, frozen, fed.batch, self._program.seed
