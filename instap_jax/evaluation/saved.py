@@ -19,8 +19,8 @@ def save_ranking(directory: Path, suite: str, found, unit, rankings, logits) -> 
     The .npz holds `text` [N, p], `visual` [M, p], the correct pairs as `pair_text` and
     `pair_visual`, `ids` of the samples, `texts`, and where there was a re-ranking the candidates
     `t2v_top` [N, k], `v2t_top` [M, k] with their match logits. The scores [N, M] are float32
-    products of these embeddings, written block by block; a larger matrix is left out, its
-    embeddings give any part of it.
+    products of these embeddings, rounded from float64 and written block by block; a larger matrix
+    is left out, its embeddings give any part of it.
     """
     if jax.process_index():
         return
@@ -43,15 +43,17 @@ def save_ranking(directory: Path, suite: str, found, unit, rankings, logits) -> 
         print(f"{stem}: more than 2**29 scores, only its embeddings are saved")
         return
     with _aside(directory / f"{stem}-scores.npy") as path:
-        _write_scores(path, unit.text, unit.visual)
+        write_scores(path, unit.text, unit.visual)
 
 
-def _write_scores(path: Path, text: np.ndarray, visual: np.ndarray) -> None:
+def write_scores(path: Path, text: np.ndarray, visual: np.ndarray) -> None:
+    """Writes the scores [N, M] of texts [N, p] and visual items [M, p], block by block."""
     shape = len(text), len(visual)
     scores = np.lib.format.open_memmap(path, "w+", np.float32, shape)
-    rows = max(1, _BLOCK_SCORES // shape[1])
+    rows, candidates = max(1, _BLOCK_SCORES // shape[1]), visual.T.astype(np.float64)
     for start in range(0, shape[0], rows):
-        scores[start : start + rows] = text[start : start + rows] @ visual.T
+        # In float64: equal texts would else differ in a last bit by where they stand, and not tie.
+        scores[start : start + rows] = text[start : start + rows].astype(np.float64) @ candidates
     scores.flush()
 
 
