@@ -46,9 +46,9 @@ def run(values: flags.FlagValues) -> int:
     kinds, figures = _kinds(values.kinds, lowering.kinds(config)), []
     with Progress(f"compile for {where.label}", len(kinds), unit="steps") as progress:
         for kind in kinds:
-            with progress.waiting(f"tracing that of {kind}s"):
+            with progress.waiting(f"tracing the {kind} step"):
                 step = lowering.lower(config, where, kind)
-            with progress.waiting(f"compiling that of {kind}s"):
+            with progress.waiting(f"compiling the {kind} step"):
                 figures.append(compiling.measure(step, where, cache))
             progress.update()
     print(report.table(where, figures))

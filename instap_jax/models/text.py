@@ -8,7 +8,8 @@ convert one to one; that is why the token-type table of two rows is kept though 
 Initial values: embeddings normal(0.02) as in BERT, linear maps as in all our networks (Xavier);
 BERT's 0.02 for those suits widths near 1024 only, where BERT weights are loaded anyway.
 
-Axis letters: B samples, s text length, d width, V visual tokens, e their width.
+Axis letters: B samples, g groups, m texts of a group, s text length, d width, V visual tokens,
+e their width.
 """
 
 import dataclasses

@@ -165,8 +165,11 @@ class _Run:
                 first = self._clock.compiles(fed.kind)
                 if first:
                     jax.block_until_ready(state)  # else the step before would run untimed meanwhile
-                told = progress.waiting(f"compiling for {fed.kind}s") if first else nullcontext()
-                with told, self._clock.calling(fed.kind):
+                what = f"compiling the {fed.kind} step"
+                with (
+                    progress.waiting(what) if first else nullcontext(),
+                    self._clock.calling(fed.kind),
+                ):
                     self._measure_flops(state, frozen, fed)
                     state, metrics = tracer.step(
                         step, self._program.step, state, frozen, fed.batch, self._program.seed
