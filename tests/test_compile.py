@@ -1,9 +1,11 @@
 """`instap compile`: topologies by name, programs really compiled for TPUs, what a user is told."""
 
+import contextlib
 import json
 import math
 import re
 from pathlib import Path
+from unittest.mock import Mock, call
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from instap_jax.aot import compiling, hlo, kernels, lowering, topology
 from instap_jax.errors import UserError
 from instap_jax.models import attention_backends, depth
 from instap_jax.models.layers import Bias, PreNormBlock, exact_gelu
+from instap_jax.progress import Progress
 from instap_jax.train.feed import abstract_batch
 from instap_jax.train.flops import peak_flops
 from instap_jax.train.state import with_sharding
@@ -314,7 +317,11 @@ def run(config_file, *flags: str) -> int:
 
 def test_a_stage_is_compiled_once(config_file, tmp_path, capsys, monkeypatch):
     flags = (f"--json={tmp_path}/out.json", f"--cache={tmp_path}/cache")
-    assert run(config_file, *flags) == 0
+    waiting = Mock(side_effect=lambda _: contextlib.nullcontext())
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "waiting", lambda _, what: waiting(what))
+        assert run(config_file, *flags) == 0
+    assert waiting.mock_calls == [call("tracing the video step"), call("compiling the video step")]
     table = capsys.readouterr().out
     assert "v5e:2x2: 4 chips" in table and "estimate" in table
     first = json.loads((tmp_path / "out.json").read_text())

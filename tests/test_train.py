@@ -21,6 +21,7 @@ from tiny import tiny_config
 from instap_jax import config_check, main, sharding
 from instap_jax.data.records import open_source
 from instap_jax.errors import UserError
+from instap_jax.progress import Progress
 from instap_jax.train import checkpoint, dump, loop, replay
 from instap_jax.train.clock import StepClock
 from instap_jax.train.kinds import kind_of_step
@@ -129,9 +130,12 @@ def test_lines_tell_both_kinds_whatever_step_writes_them(made, tmp_path):
 
 
 def test_no_step_runs_while_another_kind_compiles(made, tmp_path, monkeypatch):
-    """It would run untimed: compiling is left out of the times."""
-    events = []
-    ready, calling = jax.block_until_ready, StepClock.calling
+    """It would run untimed: compiling is left out of the times. Of each the user is told."""
+    events, told = [], []
+    ready, calling, waiting = jax.block_until_ready, StepClock.calling, Progress.waiting
+    monkeypatch.setattr(
+        Progress, "waiting", lambda self, what: told.append(what) or waiting(self, what)
+    )
     monkeypatch.setattr(jax, "block_until_ready", lambda x: events.append("ready") or ready(x))
     monkeypatch.setattr(
         StepClock, "calling", lambda self, kind: events.append(kind) or calling(self, kind)
@@ -139,6 +143,7 @@ def test_no_step_runs_while_another_kind_compiles(made, tmp_path, monkeypatch):
     run(teacher_config(made, stop_at=3, **{"data.image_fraction": 0.5}), tmp_path / "run")
     for kind in (Kind.VIDEO, Kind.IMAGE):
         assert events[events.index(kind) - 1] == "ready"
+    assert sorted(told) == ["compiling the image step", "compiling the video step"]
 
 
 def test_crash_costs_the_steps_since_the_last_checkpoint(made, teacher, tmp_path, monkeypatch):
