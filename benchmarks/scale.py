@@ -68,12 +68,10 @@ def rows() -> list[Row]:
         mesh = (f"--config.mesh.replica={chips // 16}", "--config.mesh.fsdp=16")
         # 4,096 samples of stage 2 on v5e-256 and on v5p-128, which is 64 chips.
         samples = 64 if generation == "v5p" else 16
-        align = [f"--config.data.group_size={min(samples, 32)}"]
-        # A v5p's and a v6e's memory holds the layers' inputs of all crops: no host is needed.
-        align += ["--config.compute.remat=none"] if generation != "v5e" else []
+        group = f"--config.data.group_size={min(samples, 32)}"
         common = {"topology": topology, "chips": chips, "slices": slices}
         found.append(Row(stage="stage1", per_chip=64, options=mesh, **common))
-        found.append(Row(stage="stage2", per_chip=samples, options=(*mesh, *align), **common))
+        found.append(Row(stage="stage2", per_chip=samples, options=(*mesh, group), **common))
     return found
 
 

@@ -9,8 +9,8 @@ with the run's exit code (130 when another deleted the JobSet). One of this name
 only watched; one that has ended is replaced. JobSet restarts all slices when a Pod fails, but not
 after a fault of the input (2), nor, by `supervise.py --once` in each Pod, after --limit starts
 without a new checkpoint.
---claim names a PersistentVolumeClaim (ReadWriteMany: Filestore, or a bucket through the GCS FUSE
-driver) that every Pod sees as /shared. --dry-run prints the manifest and the commands.
+--claim names a PersistentVolumeClaim (ReadWriteMany, such as Filestore) that every Pod sees as
+/shared. --dry-run prints the manifest and the commands.
 
 Standard library and `kubectl` only; the cluster needs JobSet 0.6 or newer.
 """
@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
         one = slice_of(args.accelerator)
     except ValueError as error:
         parser.error(str(error))
+    if args.slices > 1 and one.gke_hosts == 1:
+        parser.error(f"GKE joins slices of several hosts only; {one.name} has one")
     return jobset.run(manifest(args, one, verb, run_id=f"{args.name}-{int(time.time())}"))
 
 
@@ -199,7 +201,7 @@ class JobSet:
                 self._seen = stamp
                 print(rest, flush=True)
 
-        self._shell.stream(self._words("logs", *flags, self._first), line)
+        self._shell.stream([self._words("logs", *flags, self._first)], line)
 
     def _codes(self) -> list[int]:
         """Exit codes of the Pods that have ended."""

@@ -1,6 +1,7 @@
 """Runs the commands of a launcher, or, for --dry-run, prints exactly what it would run."""
 
 import dataclasses
+import os
 import shlex
 import shutil
 import subprocess
@@ -8,6 +9,10 @@ import sys
 from collections.abc import Callable, Sequence
 
 ABSENT = "absent"  # what `look` says of a thing that is not there
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,34 +64,37 @@ class Shell:
         print(done.stderr, end="", file=sys.stderr, flush=True)
         return None
 
-    def stream(self, words: Sequence[str], line: Callable[[str], None]) -> int:
-        """Runs a command, hands every line of its output on, and returns its exit code.
+    def stream(
+        self, commands: Sequence[Sequence[str]], line: Callable[[str], None] = _print
+    ) -> int:
+        """Runs commands at once, hands every line of their output on, and returns the exit code of
+        the first, in order, that failed; 0 where none did.
 
-        The terminal's Ctrl-C does not reach it: it is the launcher's to end it in order.
+        The terminal's Ctrl-C does not reach them: it is the launcher's to end them in order.
         """
-        self._show(words, None)
+        for words in commands:
+            self._show(words, None)
         if self.dry_run:
             return 0
-        with subprocess.Popen(
-            _found(words),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        ) as process:
-            try:
-                for text in process.stdout:
+        ours, theirs = os.pipe()
+        options = {"stdout": theirs, "stderr": subprocess.STDOUT, "start_new_session": True}
+        processes = [subprocess.Popen(_found(words), **options) for words in commands]
+        os.close(theirs)
+        try:
+            with open(ours, encoding="utf-8", errors="replace") as output:
+                for text in output:
                     line(text.rstrip("\n"))
-            except KeyboardInterrupt:  # of a launcher without Signals
+        except KeyboardInterrupt:  # of a launcher without Signals
+            for process in processes:
                 process.terminate()
-                raise
-        return process.returncode
+            raise
+        return next((code for code in [one.wait() for one in processes] if code), 0)
 
-    def start(self, words: Sequence[str]) -> None:
-        """Starts a command and does not wait for it."""
-        self._show(words, None)
-        subprocess.Popen(_found(words), stdin=subprocess.DEVNULL, start_new_session=True)
+    def start(self, commands: Sequence[Sequence[str]]) -> None:
+        """Starts commands and does not wait for them."""
+        for words in commands:
+            self._show(words, None)
+            subprocess.Popen(_found(words), stdin=subprocess.DEVNULL, start_new_session=True)
 
     def _show(self, words: Sequence[str], stdin: str | None) -> None:
         print(("" if self.dry_run else "+ ") + shlex.join(words) + _here(stdin), flush=True)

@@ -28,6 +28,7 @@ _KINDS = {
 }
 _ALIASES = {"v5e": "v5litepod"}
 _CHIPS_PER_HOST = 4
+_CUBE = 64  # chips of a 3D torus' building block
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,15 +71,8 @@ def slice_of(name: str) -> Slice:
         )
     kind, size = _KINDS[kind_name], int(match[2])
     chips = size // kind.cores_per_chip
-    power_of_two = chips >= 1 and chips & (chips - 1) == 0
-    smallest = 1 if kind.flat else 4
-    if size % kind.cores_per_chip or not power_of_two or not smallest <= chips <= kind.largest:
-        raise ValueError(
-            f"accelerator {name!r}: {kind_name} has slices of powers of two from "
-            f"{smallest * kind.cores_per_chip} to {kind.largest * kind.cores_per_chip}"
-        )
-    if kind.flat and chips == 2:
-        raise ValueError(f"accelerator {name!r}: there is no slice of 2 chips")
+    if size % kind.cores_per_chip or not _exists(chips, kind):
+        raise ValueError(f"accelerator {name!r}: {kind_name} has slices of {_sizes(kind)}")
     return Slice(
         name=f"{kind_name}-{size}",
         chips=chips,
@@ -89,15 +83,42 @@ def slice_of(name: str) -> Slice:
     )
 
 
+def _exists(chips: int, kind: _Kind) -> bool:
+    if kind.flat:
+        return chips in (1, *_powers(4, kind.largest))
+    cubes = chips % _CUBE == 0 and chips <= kind.largest
+    return chips in _powers(4, _CUBE) or (cubes and chips > 0)
+
+
+def _sizes(kind: _Kind) -> str:
+    """In the words of the Cloud names, which count cores."""
+    cores = kind.cores_per_chip
+    if kind.flat:
+        return ", ".join(map(str, (1, *_powers(4, kind.largest))))
+    small = ", ".join(str(cores * chips) for chips in _powers(4, _CUBE))
+    return f"{small} and multiples of {cores * _CUBE} up to {cores * kind.largest}"
+
+
+def _powers(first: int, last: int) -> list[int]:
+    return [2**n for n in range(first.bit_length() - 1, last.bit_length())]
+
+
 def _flat(chips: int) -> str:
     short = 2 ** (int(math.log2(chips)) // 2)
     return f"{short}x{chips // short}"
 
 
 def _cube(chips: int) -> str:
-    """Sides as equal as powers of two allow, the smallest first; 2x2x1 is the smallest slice."""
-    if chips == 4:
-        return "2x2x1"
-    power = int(math.log2(chips))
-    sides = sorted(2 ** ((power + extra) // 3) for extra in range(3))
-    return "x".join(map(str, sides))
+    """The smallest slices are parts of a cube of 4x4x4; larger ones are made of cubes, with sides
+    as equal as can be, the smallest first."""
+    if chips < _CUBE:
+        return {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4"}[chips]
+    cubes = chips // _CUBE
+    sides = (
+        (a, b, cubes // (a * b))
+        for a in range(1, cubes + 1)
+        if cubes % a == 0
+        for b in range(a, cubes // a + 1)
+        if (cubes // a) % b == 0 and cubes // (a * b) >= b
+    )
+    return "x".join(str(4 * side) for side in min(sides, key=sum))

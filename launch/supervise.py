@@ -16,6 +16,7 @@ Standard library only: it runs where nothing is installed yet.
 
 import argparse
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -27,6 +28,8 @@ from pathlib import Path
 
 DONE, USER_ERROR, PREEMPTED, INTERRUPTED = 0, 2, 75, 130  # instap_jax/errors.py
 FINAL = (DONE, USER_ERROR, INTERRUPTED)
+# Errors of the system that another start would meet again.
+_MISTAKES = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -221,13 +224,13 @@ def add_limit(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: argparse.ArgumentParser, *, delay: float = Policy.delay) -> None:
     """The flags of `Policy`, for every launcher that supervises."""
     add_limit(parser)
     parser.add_argument(
         "--delay",
         type=float,
-        default=Policy.delay,
+        default=delay,
         metavar="SECONDS",
         help="before the first restart; doubled each time (%(default)s)",
     )
@@ -257,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
         return _main(argv)
     except OSError as error:  # no such command, no place for the record of starts
         say(f"{error.filename}: {error.strerror}")
-        return USER_ERROR
+        return USER_ERROR if error.errno in _MISTAKES else 1  # shared storage fails at times
 
 
 def _main(argv: list[str] | None) -> int:

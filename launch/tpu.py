@@ -9,6 +9,7 @@
 runs `instap VERB` on all hosts at once; their output comes back, each line with its host. When the
 run fails it is started again and resumes; slices that were preempted (--spot) are asked for anew.
 See `supervise.py` for when it gives up. --dry-run prints the commands of a first start.
+`stop` needs the --slices of the run.
 
 JAX finds the other hosts and slices by itself. Standard library and `gcloud` only.
 """
@@ -18,6 +19,7 @@ import re
 import shlex
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from shell import ABSENT, Shell
@@ -36,10 +38,13 @@ from supervise import (
 )
 
 STOP = "bash instap/launch/host.sh stop"
+# A host that is gone is noticed within three minutes, and the network forgets no quiet connection.
+_SSH = ("ServerAliveInterval=30", "ServerAliveCountMax=6", "ConnectTimeout=15")
+DELAY = 60.0  # seconds before a restart: it takes a while until preempted slices are called so
 POLL = 30.0  # seconds between looks at a queued resource
 LOOKS = 20  # that fail one after the other make a failed start: ten minutes without an answer
 LOST = 255  # exit code of a host that was cut off, as ssh's own
-GONE = ("SUSPENDING", "SUSPENDED", "FAILED")  # states that do not come back by themselves
+GONE = ("SUSPENDED", "FAILED")  # states that do not come back by themselves
 _EXIT = re.compile(r"\[(\S+)\] exit code (\d+), checkpoint (\d*)")
 _START = re.compile(r"\[\S+\] start from checkpoint (\d*)")
 
@@ -65,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         "--setup",
         default="",
         metavar="COMMAND",
-        help="run on every host before installing; mounts the shared storage",
+        help="run on every host before each start; mounts the shared storage",
     )
     parser.add_argument(
         "--env",
@@ -75,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         help="environment of the run; repeatable",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
-    add_flags(parser)
+    add_flags(parser, delay=DELAY)
     args = parser.parse_args(flags)
     resource = QueuedResource(args, Shell(args.dry_run))
     if args.action != "run":
@@ -131,19 +136,23 @@ class QueuedResource:
             self._words("describe", "--format=value(state.state)"), absent="NOT_FOUND"
         )
 
-    def ssh(self, command: str) -> list[str]:
-        """A command for all hosts of all slices at once: in batches, the first would wait for the
-        last."""
-        return self._words(
-            "ssh", "--node=all", "--worker=all", "--batch-size=all", "--command=" + command
-        )
+    def ssh(self, command: str) -> list[list[str]]:
+        """A command for all hosts, to be run for all slices at once.
 
-    def copy(self, source: str, target: str) -> list[str]:
-        words = self._words("scp", "--node=all", "--worker=all")
-        return [*words[:5], source, f"{self._args.name}:{target}", *words[6:]]
+        Slice by slice: `queued-resources ssh` would begin on at most 64 hosts, and on the others
+        when these have ended.
+        """
+        flags = [f"--ssh-flag=-o{option}" for option in _SSH]
+        words = ("--worker=all", *flags, "--command=" + command)
+        return [self._vm("ssh", node, *words) for node in self._nodes()]
+
+    def copy(self, source: str, target: str) -> list[list[str]]:
+        flags = [f"--scp-flag=-o{option}" for option in _SSH]
+        words = ("--worker=all", *flags)
+        return [self._vm("scp", source, f"{node}:{target}", *words) for node in self._nodes()]
 
     def stop(self) -> int:
-        return self.shell.run(self.ssh(STOP))
+        return self.shell.stream(self.ssh(STOP))
 
     def ask_to_stop(self) -> None:
         self.shell.start(self.ssh(STOP))
@@ -151,10 +160,20 @@ class QueuedResource:
     def delete(self) -> int:
         return self.shell.run(self._words("delete", "--force", "--quiet"))
 
+    def _nodes(self) -> list[str]:
+        """Names of the slices."""
+        name, slices = self._args.name, self._args.slices
+        return [name] if slices == 1 else [f"{name}-{index}" for index in range(slices)]
+
     def _words(self, action: str, *flags: str) -> list[str]:
-        args = self._args
-        where = [f"--project={args.project}", f"--zone={args.zone}"]
-        return ["gcloud", "compute", "tpus", "queued-resources", action, args.name, *where, *flags]
+        return self._gcloud("queued-resources", action, self._args.name, *flags)
+
+    def _vm(self, action: str, *words: str) -> list[str]:
+        return self._gcloud("tpu-vm", action, *words)
+
+    def _gcloud(self, group: str, action: str, *words: str) -> list[str]:
+        where = [f"--project={self._args.project}", f"--zone={self._args.zone}"]
+        return ["gcloud", "compute", "tpus", group, action, *words, *where]
 
 
 class Run:
@@ -187,7 +206,7 @@ class Run:
         print("# until the next command says ACTIVE:")
         self._resource.state()
         self._install()
-        return self._shell.run(self._resource.ssh(self._command()))
+        return self._shell.stream(self._resource.ssh(self._command()))
 
     def _ask_to_stop(self) -> None:
         """The hosts save and end; their exit codes then come back as ever."""
@@ -206,6 +225,9 @@ class Run:
     def _get_slices(self) -> int:
         """Asks for the slices, unless that was done, and waits for them."""
         state = self._resource.state()
+        while state == "SUSPENDING" and not self._signals.asked():  # cannot be deleted yet
+            self._signals.sleep(POLL)
+            state = self._resource.state()
         if state == "ACTIVE":
             return DONE
         self._installed = False
@@ -257,19 +279,29 @@ class Run:
             root = str(Path(__file__).resolve().parent.parent)
             tar = ["git", "-C", root, "archive", "--format=tar.gz", f"--output={archive}", "HEAD"]
             copy = self._resource.copy(archive, "instap.tar.gz")
-            if code := self._shell.run(tar) or self._shell.run(copy):
+            if code := self._shell.run(tar) or self._shell.stream(copy):
                 return code
-        setup = [self._args.setup] if self._args.setup else []
-        unpack = ["mkdir -p instap", "tar -xzf instap.tar.gz -C instap"]
-        steps = [*setup, *unpack, "bash instap/launch/host.sh setup"]
-        code = self._shell.run(self._resource.ssh(" && ".join(steps)))
+        # An earlier launcher's run saves and ends, its commit goes, its environment is updated.
+        end = "{ ! [ -e instap/launch/host.sh ] || " + STOP + "; }"
+        clear = "find instap -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +"
+        unpack = ["mkdir -p instap", end, clear, "tar -xzf instap.tar.gz -C instap"]
+        steps = " && ".join([*unpack, "bash instap/launch/host.sh setup"])
+        # 1, whatever a step says: the 2 of a tar is no fault of the input.
+        install = self._resource.ssh(f"{self._before()}{{ {steps}; }} || exit 1")
+        code = self._shell.stream(install)
         self._installed = code == DONE
         return code
+
+    def _before(self) -> str:
+        """--setup, at every start: a host that was started anew has lost its mounts."""
+        return f"bash -c {shlex.quote(self._args.setup)} && " if self._args.setup else ""
 
     def _command(self) -> str:
         variables = [shlex.quote(text) for text in self._args.env]
         prefix = " ".join(["env", *variables, ""]) if variables else ""
-        return f"{prefix}bash instap/launch/host.sh run {shlex.join(self._verb)}"
+        start = time.time_ns() // 1_000_000
+        run = f"bash instap/launch/host.sh run {start} {shlex.join(self._verb)}"
+        return f"{self._before()}{prefix}{run}"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Launchers: when they start again, which exit code comes back, what a host does."""
 
+import errno
 import os
 import shutil
 import signal
@@ -107,6 +108,16 @@ def test_what_cannot_be_started_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         local_pod.main(["--", "train", f"--workdir={tmp_path}/file/run"])
     assert "file/run.launch cannot be made: Not a directory" in capsys.readouterr().err
+
+
+def test_storage_that_fails_once_does_not_end_a_pod(tmp_path, monkeypatch, capsys):
+    def stale(*_):
+        raise OSError(errno.ESTALE, "Stale file handle", "starts.jsonl")
+
+    monkeypatch.setattr(supervise.Starts, "add", stale)
+    flags = [f"--workdir={tmp_path}/run", "--once", "--run-id=a", "--", "true"]
+    assert supervise.main(flags) == 1  # 2 would be final
+    assert "Stale file handle" in capsys.readouterr().err
 
 
 def test_once_counts_starts_across_supervisors(tmp_path):
@@ -247,6 +258,7 @@ def a_host(tmp_path):
             env=os.environ | {"HOME": str(tmp_path), "TMPDIR": str(tmp_path)},
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
 
     return call
@@ -262,7 +274,7 @@ def test_host_says_its_checkpoints_and_its_exit_code(a_host, tmp_path, flag):
     )
     (tmp_path / "my run" / "checkpoints" / "9").mkdir(parents=True)
     (tmp_path / "my run" / "checkpoints" / "20").mkdir()
-    run = a_host("run", "train", *flags, "--n=1", script=script)
+    run = a_host("run", "7", "train", *flags, "--n=1", script=script)
     lines = run.communicate()[0].splitlines()
     assert run.returncode == 75
     assert tpu._START.match(lines[0])[1] == "20"
@@ -281,14 +293,49 @@ time.sleep(60)
 
 @pytest.mark.parametrize("how", ["stop", "run"])
 def test_host_ends_what_runs_when_asked_and_before_another_start(a_host, how):
-    first = a_host("run", "train", script=WAITS)
+    first = a_host("run", "1", "train", script=WAITS)
     assert "start from" in first.stdout.readline() and "ready" in first.stdout.readline()
-    second = a_host("run", "train", script="print('second')") if how == "run" else a_host("stop")
+    second = a_host("stop")
+    if how == "run":
+        second = a_host("run", "2", "train", script="print('second')")
     assert second.wait(timeout=30) == 0
-    assert first.wait(timeout=30) == 75
-    assert "exit code 75" in first.stdout.read()
+    code, output = first.wait(timeout=30), first.stdout.read()
     if how == "run":
         assert "second" in second.stdout.read()
+        assert a_host("run", "1", "train").wait(timeout=30) == 1  # has had its time
+    else:
+        assert code == 75 and "exit code 75" in output
+
+
+SAVES = """
+import pathlib, signal, sys, time
+asked = []
+signal.signal(signal.SIGTERM, lambda *a: asked.append(1))
+print("ready", flush=True)
+while not asked:
+    time.sleep(0.05)
+end = time.monotonic() + 3
+while time.monotonic() < end:  # the checkpoint
+    time.sleep(0.05)
+print("saved, asked", len(asked), flush=True)
+sys.exit(75)
+"""
+
+
+def test_host_a_broken_connection_costs_the_run_nothing(a_host):
+    """gcloud repeats what it was to do: `run` of the same start, and `stop`."""
+    first = a_host("run", "1", "train", script=SAVES)
+    assert "start from" in first.stdout.readline() and "ready" in first.stdout.readline()
+    os.killpg(first.pid, signal.SIGKILL)  # what the connection had started
+    first.stdout.close()
+    again = a_host("run", "1", "train")
+    assert "connected again" in again.stdout.readline()
+    stops = [a_host("stop"), a_host("stop")]
+    assert [stop.wait(timeout=30) for stop in stops] == [0, 0]
+    assert again.wait(timeout=30) == 75
+    assert "saved, asked 1\n" in again.stdout.read()
+    late = a_host("run", "1", "train")  # and once more, after its end
+    assert late.wait(timeout=30) == 75 and "exit code 75" in late.stdout.read()
 
 
 # --- the environment

@@ -48,7 +48,8 @@ def test_tpu_slice(capsys, monkeypatch):
     commands, _ = dry(tpu, capsys, *TPU, "--accelerator=v5e-256", "--env=A=b c", "--setup=mnt")
     create, _, describe, archive, copy, setup, run = commands
     for words in (create, describe, copy, setup, run):
-        assert words[:4] == ["gcloud", "compute", "tpus", "queued-resources"]
+        group = "queued-resources" if words in (create, describe) else "tpu-vm"
+        assert words[:4] == ["gcloud", "compute", "tpus", group]
         assert flags_of(words)["project"] == "p" and flags_of(words)["zone"] == "europe-west4-b"
     assert [words[4] for words in (create, describe, copy, setup, run)] == [
         "create", "describe", "scp", "ssh", "ssh",
@@ -58,13 +59,16 @@ def test_tpu_slice(capsys, monkeypatch):
     assert flags["runtime-version"] == "v2-alpha-tpuv5-lite"
     assert flags["node-id"] == "n" and "node-count" not in flags and "spot" not in flags
     assert archive[0] == "git" and copy[5:7] == ["DIR/instap.tar.gz", "n:instap.tar.gz"]
+    for words in (copy, setup, run):
+        assert flags_of(words)["worker"] == "all"
+        kind = "scp" if words is copy else "ssh"
+        assert f"--{kind}-flag=-oServerAliveInterval=30" in words  # a lost host is noticed
     for words in (setup, run):
-        assert flags_of(words)["worker"] == flags_of(words)["node"] == "all"
-        assert flags_of(words)["batch-size"] == "all"  # else hosts beyond 64 would wait
-    assert flags_of(setup)["command"].startswith("mnt && ")
-    assert shlex.split(flags_of(run)["command"]) == [
-        "env", "A=b c", "bash", "instap/launch/host.sh", "run", *TRAIN,
-    ]  # fmt: skip
+        assert words[4:6] == ["ssh", "n"]
+        assert flags_of(words)["command"].startswith("bash -c mnt && ")  # at every start
+    *host, start = shlex.split(flags_of(run)["command"].partition("&&")[2])[: -len(TRAIN)]
+    assert host == ["env", "A=b c", "bash", "instap/launch/host.sh", "run"] and int(start)
+    assert shlex.split(flags_of(run)["command"])[-len(TRAIN) :] == TRAIN
 
 
 def test_tpu_multislice_on_spot_capacity(capsys):
@@ -72,15 +76,64 @@ def test_tpu_multislice_on_spot_capacity(capsys):
     flags = flags_of(commands[0])
     assert flags["node-count"] == "4" and flags["node-prefix"] == "n" and "node-id" not in flags
     assert "spot" in flags and flags["accelerator-type"] == "v5p-128"
+    nodes = [f"n-{index}" for index in range(4)]  # Cloud's names of them
+    for action, times in (("scp", 1), ("ssh", 2)):
+        of_action = [words for words in commands if words[4:5] == [action]]
+        at = 6 if action == "scp" else 5
+        assert [words[at].partition(":")[0] for words in of_action] == times * nodes
 
 
 @pytest.mark.parametrize("action", ["stop", "delete"])
 def test_tpu_stop_and_delete(action, capsys):
-    assert tpu.main([action, *TPU[1:], "--dry-run"]) == 0
-    words = shlex.split(capsys.readouterr().out)
-    assert words[4:6] == ["ssh" if action == "stop" else "delete", "n"]
-    if action == "stop":
+    assert tpu.main([action, *TPU[1:], "--slices=2", "--dry-run"]) == 0
+    commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    if action == "delete":
+        assert [words[3:6] for words in commands] == [["queued-resources", "delete", "n"]]
+        return
+    assert [words[3:6] for words in commands] == [["tpu-vm", "ssh", f"n-{i}"] for i in range(2)]
+    for words in commands:
         assert flags_of(words)["command"] == "bash instap/launch/host.sh stop"
+
+
+HOSTILE = "false || echo 'a  b'; exit 2"
+
+
+@pytest.mark.parametrize("setup", ["", "true", HOSTILE])
+def test_tpu_what_fails_before_the_run_is_no_fault_of_the_input(capsys, tmp_path, setup):
+    """The installation, as a host's shell runs it, where there is no archive: tar says 2."""
+    commands, _ = dry(tpu, capsys, *TPU, "--accelerator=v5e-4", f"--setup={setup}")
+    command = flags_of(commands[-2])["command"]
+    (tmp_path / "instap" / ".venv").mkdir(parents=True)
+    (tmp_path / "instap" / "launch").mkdir()
+    (tmp_path / "instap" / "launch" / "host.sh").write_text("echo an earlier run: $1")
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    left = {path.name for path in (tmp_path / "instap").iterdir()}
+    assert left == ({".venv", "launch"} if setup == HOSTILE else {".venv"})
+    assert ("an earlier run: stop" in done.stdout) == (setup != HOSTILE)
+
+
+def test_tpu_slices_run_together_and_the_first_fault_counts(tmp_path, monkeypatch, capfd):
+    """Each slice waits for the other; one says a fault of the input."""
+    script = f"""
+import time
+if words[0] == "describe":
+    print("ACTIVE")
+if " run " in " ".join(words):
+    node, here = words[1], pathlib.Path({str(tmp_path)!r})
+    (here / node).touch()
+    end = time.monotonic() + 30
+    while not all((here / f"n-{{i}}").exists() for i in range(2)) and time.monotonic() < end:
+        time.sleep(0.01)
+    code = 2 if node == "n-0" else 134
+    print(f"[{{node}}] exit code {{code}}, checkpoint ")
+    sys.exit(code)
+"""
+    fake(tmp_path, script)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    flags = ["--accelerator=v5e-4", "--slices=2", "--delay=0.01"]
+    assert tpu.main([*TPU, *flags, "--", *TRAIN]) == 2
+    assert "did not say" not in capfd.readouterr().err
 
 
 def fake(folder, script, name="gcloud", first=4):
@@ -103,11 +156,12 @@ def tpu_run(folder, monkeypatch, accelerator="v5e-4"):
 
 
 def test_tpu_preempted_slices_are_asked_for_again_and_resumed(tmp_path, monkeypatch, capfd):
-    # First run: one of four hosts is lost with its slice. Second: all four say 0.
+    # First run: one of four hosts is lost with its slice, which is not gone at once. Second: all
+    # four say 0.
     script = """
 runs = before.count("ssh")
 if words[0] == "describe":
-    states = {0: "ACTIVE", 2: "SUSPENDED"}
+    states = {0: "ACTIVE", 2: "SUSPENDED" if before[-1] == "describe" else "SUSPENDING"}
     print("ACTIVE" if before[-1] == "create" else states.get(runs, ""))
 if words[0] == "ssh" and " run " in " ".join(words):
     first = "create" in before and before.count("create") == 1
@@ -123,7 +177,7 @@ if words[0] == "ssh" and " run " in " ".join(words):
     assert "1 of 4 hosts did not say how they ended" in err
     assert "exit code 134 at step 40" in err and "ended with exit code 0 at step 80" in err
     first = "create describe scp ssh ssh"  # the last ssh runs
-    assert log.read_text() == f"{first} describe delete {first}"
+    assert log.read_text() == f"{first} describe describe delete {first}"
 
 
 HOST_RUNS = """
@@ -178,7 +232,7 @@ def test_tpu_a_command_that_fails_once_is_a_failed_start(
     log = fake(tmp_path, script + HOST_RUNS)
     assert tpu_run(tmp_path, monkeypatch) == 0
     assert log.read_text() == commands
-    assert "refused" in capfd.readouterr().err
+    assert "refused" in "".join(capfd.readouterr())
 
 
 def test_tpu_goes_on_waiting_where_a_look_fails(tmp_path, monkeypatch, capfd):
@@ -209,7 +263,7 @@ def test_tpu_a_signal_before_the_run_ends_it_there(tmp_path, monkeypatch, during
     log = fake(tmp_path, script + HOST_RUNS)
     assert tpu_run(tmp_path, monkeypatch) == 130
     assert log.read_text() == during
-    assert tpu.STOP not in capfd.readouterr().out  # nothing runs that could be asked to
+    assert f"command={tpu.STOP}" not in capfd.readouterr().out  # nothing runs that could be asked
 
 
 def test_tpu_a_signal_during_the_run_asks_the_hosts_to_stop(tmp_path, monkeypatch, capfd):
@@ -222,7 +276,7 @@ def test_tpu_a_signal_during_the_run_asks_the_hosts_to_stop(tmp_path, monkeypatc
     )
     fake(tmp_path, script)
     assert tpu_run(tmp_path, monkeypatch) == 75
-    assert tpu.STOP in capfd.readouterr().out
+    assert f"command={tpu.STOP}" in capfd.readouterr().out
 
 
 GKE = ("run", "--name=n", "--accelerator=v5p-256", "--image=i:1", "--claim=c")
@@ -252,6 +306,7 @@ def test_gke_jobset(capsys):
         "cloud.google.com/gke-spot": "true",
     }
     (container,) = pod_spec["containers"]
+    assert container["securityContext"] == {"privileged": True}  # the runtime locks memory
     assert container["image"] == "i:1" and container["resources"]["limits"]["google.com/tpu"] == 4
     command = container["command"]
     at = command.index("--")
@@ -262,6 +317,12 @@ def test_gke_jobset(capsys):
     assert {"--once", "--limit=3", "--worker=$(SLICE)-$(HOST)"} <= set(command[:at])
     assert "--workdir=/shared/my run" in command[:at]
     assert pod_spec["volumes"][0]["persistentVolumeClaim"]["claimName"] == "c"
+
+
+def test_gke_joins_slices_of_several_hosts_only(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        gke.main([*GKE, "--accelerator=v6e-4", "--slices=2", "--dry-run", "--", *TRAIN])
+    assert "v6e-4 has one" in capsys.readouterr().err
 
 
 def test_gke_restarts_all_slices_but_not_after_a_final_exit_code(capsys):
@@ -480,6 +541,7 @@ def test_local_pod_dry_run(capsys):
         ("v5p-128", 64, "4x4x4", 16),
         ("v5p-512", 256, "4x8x8", 64),
         ("v4-32", 16, "2x2x4", 4),
+        ("v5p-1024", 512, "8x8x8", 128),
     ],
 )
 def test_slices_as_google_cloud_lists_them(name, chips, topology, hosts):
@@ -489,7 +551,26 @@ def test_slices_as_google_cloud_lists_them(name, chips, topology, hosts):
     assert "x".join(map(str, parse(name).shape)) == topology
 
 
-@pytest.mark.parametrize("name", ["v5litepod-2", "v5e-512", "v5p-7", "v6e-100", "v9-8", "v5p", ""])
+@pytest.mark.parametrize(
+    ("name", "topology"),
+    [
+        ("v5p-384", "4x4x12"),
+        ("v5p-768", "4x8x12"),
+        ("v5p-1152", "4x12x12"),
+        ("v5p-2304", "8x12x12"),
+        ("v5p-3840", "8x12x20"),
+        ("v5p-12288", "16x16x24"),
+    ],
+)
+def test_slices_of_cubes_that_are_no_power_of_two(name, topology):
+    """As xpk lists them."""
+    assert slices.slice_of(name).topology == topology
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["v5litepod-2", "v5e-512", "v5p-7", "v5p-192", "v5p-12416", "v6e-100", "v9-8", "v5p", ""],
+)
 def test_what_is_no_slice_is_one_line(name, capsys):
     with pytest.raises(SystemExit) as stopped:
         tpu.main([*TPU, f"--accelerator={name}", "--dry-run", "--", *TRAIN])
