@@ -68,7 +68,9 @@ def _data() -> ConfigDict:
     c.workers = 4  # processes per host that read and decode; 0: in the main process
     c.prefetch = 4  # batches buffered per worker
     c.device_prefetch = 2  # batches already on the device
-    c.max_fault_rate = 0.01  # more unreadable samples than this, since the process started, stop it
+    c.max_fault_rate = (
+        0.01  # more unreadable samples than this share of all, since the start, stop it
+    )
     # Seconds after which reading one sample is given up: it is left out, its worker replaced.
     c.decode_timeout = 60.0
     c.shuffle = True
@@ -272,8 +274,8 @@ def _distributed() -> ConfigDict:
     c = ConfigDict()
     c.initialization_timeout = 300  # for all processes to have started
     c.heartbeat_timeout = 100  # a host that was not heard of for so long is dead: the others end
-    # A step that takes longer (compiling, validation and saving included) waits for something that
-    # hangs: the process says where it is and ends. Also of a single process.
+    # A start or a step that takes longer (compiling, validation and saving included) waits for
+    # something that hangs: the process says where it is and ends. Also of a single process.
     c.step_timeout = 3600
     return c
 

@@ -1,9 +1,9 @@
 """Joins the processes of a pod, one a host, into one JAX program, and takes them apart again."""
 
-import atexit
 import contextlib
 import os
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # Seconds that process 0 leaves the others for their own last words: without it they are aborted.
 _LINGER = 3.0
 # Seconds until a file that one host wrote is seen by another: what network file systems cache.
-_VISIBLE_AFTER = 10.0
+_VISIBLE_AFTER = 90.0
 
 
 @contextlib.contextmanager
@@ -38,7 +38,8 @@ def joined(config: ConfigDict) -> Iterator[None]:
         yield
     except BaseException as error:
         if jax.process_count() > 1 and not isinstance(error, Stopped):
-            atexit.register(_leave, exit_code(error))  # before JAX's own, which waits
+            # Before JAX waits, as the process ends, for the others, and Python for threads that do.
+            threading.Thread(target=_leave, args=(exit_code(error),), daemon=True).start()
         raise
 
 
@@ -129,7 +130,8 @@ def _gather(number: int) -> list[int]:
 
 
 def _leave(code: int) -> None:
-    """Ends the process without waiting for the others."""
+    """Ends the process, once the main thread has, without waiting for the others."""
+    threading.main_thread().join()
     sys.stdout.flush()
     sys.stderr.flush()
     if jax.process_index() == 0:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from instap_jax.errors import UserError
+from instap_jax.errors import EXIT_STORAGE, StorageError, UserError, exit_code
 from instap_jax.train import checkpoint, integrity, saving
 from instap_jax.train.state import TrainState
 
@@ -237,6 +237,17 @@ def test_vanished_storage_is_noticed(copy, empty_left):
         (copy / "checkpoints").rmdir()
     there.rename(copy / "checkpoints")
     assert restored_step(copy) == 4
+
+
+def test_what_storage_does_to_one_of_several_processes_is_not_final(copy, monkeypatch):
+    """Another start may mend it, which none follows after exit code 2."""
+    saver = checkpointer(copy)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(StorageError) as first, checkpoint.storage_faults("cannot save"):
+        raise OSError("Input/output error")
+    assert exit_code(first.value) == EXIT_STORAGE
+    with pytest.raises(StorageError, match="the last checkpoint is from step 4"):
+        saver._failed(6, first.value)
 
 
 def test_what_a_killed_save_left_is_removed(copy):

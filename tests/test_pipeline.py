@@ -466,18 +466,22 @@ def test_fault_monitor_stops_above_the_rate(config, memory):
     memory(*[make_record()] * 8, CorruptRecordError("x"), BAD["truncated jpeg"][0])
     loader = open_loader(config, groups=1, group_size=10)
     monitor = FaultMonitor(loader)
-    for _ in range(FaultMonitor.MIN_SAMPLES // 10 - 1):
+    for batches in range(1, FaultMonitor.MIN_SAMPLES // 10):
         monitor.update(next(loader))
-        monitor.check(0.01)  # too few samples to tell
+        assert monitor.news() == (2, 10)  # since the last time
+        monitor.check(0.01, 2 * batches, 10 * batches)  # too few samples to tell
     monitor.update(next(loader))
     loader.close()
     assert monitor.counts() == {"CORRUPT_RECORD": 20, "UNDECODABLE_MEDIA": 20}
-    monitor.check(0.2)
+    monitor.check(0.2, 40, 200)
+    monitor.check(0.19, 40, 400)  # of all hosts
     with pytest.raises(UserError) as error:
-        monitor.check(0.19)
+        monitor.check(0.19, 40, 200)
     text = str(error.value)
-    assert "40 of 200" in text and "\n" not in text and "CORRUPT_RECORD 20" in text
+    assert "40 of 200" in text and "\n" not in text and "0.19: CORRUPT_RECORD 20" in text
     assert "sample-8 (CORRUPT_RECORD)" in text and "sample-9 (UNDECODABLE_MEDIA)" in text
+    with pytest.raises(UserError, match=r"100 of 400 .* 40 on this host: CORRUPT_RECORD 20"):
+        monitor.check(0.19, 100, 400)
 
 
 def test_any_mixture_of_bad_samples_keeps_captions_with_their_media(config, memory):

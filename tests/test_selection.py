@@ -11,12 +11,12 @@ from test_train import assert_same, run, teacher_config
 from tiny import tiny_config
 
 from instap_jax import config_check, main
-from instap_jax.errors import UserError
+from instap_jax.errors import Preempted, UserError
 from instap_jax.evaluation import features
 from instap_jax.evaluation.validation import make_validate
 from instap_jax.train import checkpoint, loop, selection
 from instap_jax.train.metrics import read_metrics
-from instap_jax.train.stop import StopRequest
+from instap_jax.train.stop import Ask, StopRequest
 
 METRIC = "val_video/instance/mean_recall"
 
@@ -40,11 +40,13 @@ def validated(small_set, **changes):
     return aligned_config(small_set, **(wanted | changes))
 
 
-def train(config, workdir):
+def train(config, workdir, asked=Ask.NOTHING):
     config_check.check(config)
     loaded = config_check.LoadedConfig(config=config, file="test", overrides={})
     config_check.record(loaded, workdir)
-    return jax.device_get(loop.train(config, workdir, StopRequest(), make_validate))
+    stop = StopRequest()
+    stop.asked = asked
+    return jax.device_get(loop.train(config, workdir, stop, make_validate))
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,16 @@ def test_resumed_equals_uninterrupted_with_validation(small_set, finished, tmp_p
     assert logged(parts) == logged(workdir)
     first, second = (checkpoint.read_meta(str(w), which="best") for w in (workdir, parts))
     assert first[0] == second[0] and first[1]["selection"] == second[1]["selection"]
+
+
+def test_a_preempted_run_saves_at_once_and_validates_when_it_goes_on(small_set, finished, tmp_path):
+    workdir, state = finished
+    parts = tmp_path / "parts"
+    with pytest.raises(Preempted):
+        train(validated(small_set), parts, Ask.PREEMPTED)
+    assert checkpoint.read_meta(str(parts))[0] == 1 and not logged(parts)
+    assert_same(state, train(validated(small_set), parts))
+    assert logged(parts) == logged(workdir)
 
 
 def test_the_log_has_the_metrics_by_suite_unit_and_name(finished):

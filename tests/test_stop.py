@@ -73,7 +73,7 @@ def test_handlers_are_put_back():
 
 def test_a_single_process_agrees_with_itself_at_once():
     agreement = Agreement(jax.make_mesh((8,), ("fsdp",)))
-    assert [agreement.exchange(ask) for ask in Ask] == list(Ask)
+    assert [agreement.exchange(ask, [ask, 7]) for ask in Ask] == [(ask, [ask, 7]) for ask in Ask]
 
 
 HANG = """

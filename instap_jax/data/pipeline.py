@@ -250,7 +250,11 @@ class Loader:
 
 
 class FaultMonitor:
-    """Counts the samples that could not be read, and stops a run that has too many of them."""
+    """Counts the samples that could not be read, and stops a run that has too many of them.
+
+    Attributes:
+      fault: a label that is no class: of the class list or of the annotations, not of one sample.
+    """
 
     # Fewer samples than this never stop a run: one bad sample of the first batch is no rate.
     MIN_SAMPLES = 200
@@ -261,7 +265,8 @@ class FaultMonitor:
         self._samples = 0
         self._counts: collections.Counter[str] = collections.Counter()
         self._first: dict[tuple[int, int], str] = {}
-        self._unknown_label = ""
+        self._told = 0, 0
+        self.fault: UserError | None = None
 
     def update(self, batch: Batch) -> None:
         """Counts the faults of one batch of this host."""
@@ -269,9 +274,9 @@ class FaultMonitor:
         for place in np.argwhere(batch["fault"]):
             name = Fault(batch["fault"][*place]).name
             self._counts[name] += 1
-            if name == Fault.UNKNOWN_LABEL.name and not self._unknown_label:
+            if name == Fault.UNKNOWN_LABEL.name and not self.fault:
                 sample = int(batch["corpus"][*place]), int(batch["record"][*place])
-                self._unknown_label = self._loader.unknown_label(*sample)
+                self.fault = UserError(self._loader.unknown_label(*sample))
             if len(self._first) < self.SHOWN:
                 sample = int(batch["corpus"][*place]), int(batch["record"][*place])
                 self._first.setdefault(sample, name)
@@ -280,24 +285,29 @@ class FaultMonitor:
         """Returns samples without data so far, by the name of their `Fault`."""
         return dict(self._counts)
 
-    def check(self, max_rate: float) -> None:
+    def news(self) -> tuple[int, int]:
+        """(samples that could not be read, all samples) since the last call."""
+        before, self._told = self._told, (self._counts.total(), self._samples)
+        return self._told[0] - before[0], self._told[1] - before[1]
+
+    def check(self, max_rate: float, faults: int, samples: int) -> None:
         """Raises UserError with counts and first ids where more than this share was unreadable.
 
-        Not before `MIN_SAMPLES` samples were seen; but at once for a label that is no class: that
-        is a fault of the class list or of the annotations, not of one sample.
+        Not before `MIN_SAMPLES` samples were seen.
+
+        Args:
+          faults, samples: of all hosts: on each of many the share varies far more.
         """
-        if self._unknown_label:
-            raise UserError(self._unknown_label)
-        total = self._counts.total()
-        if self._samples < self.MIN_SAMPLES or total <= max_rate * self._samples:
+        if samples < self.MIN_SAMPLES or faults <= max_rate * samples:
             return
         reasons = ", ".join(f"{name} {count}" for name, count in self._counts.most_common())
         ids = ", ".join(
             f"{self._loader.sample_id(*sample)} ({name})" for sample, name in self._first.items()
         )
+        here = "" if samples == self._samples else f" {self._counts.total()} on this host:"
         raise UserError(
-            f"{total} of {self._samples} samples could not be read, more than "
-            f"data.max_fault_rate={max_rate:g}: {reasons}; first: {ids}"
+            f"{faults} of {samples} samples could not be read, more than "
+            f"data.max_fault_rate={max_rate:g}:{here} {reasons or 'none'}; first: {ids or 'none'}"
         )
 
 

@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -300,7 +301,7 @@ def _with_teacher(
     step, meta = checkpoint.read_meta(teacher)
     if "text" not in checkpoint.module_names(teacher, step=step):
         return config, None, None
-    other = config_check.read(Path(teacher))
+    other = config_check.read(epath.Path(teacher))
     inputs.check_tokenizer(other, meta, teacher)
     graphdef, params = load_model(other, OBJECTIVES["teacher"].create, teacher, mesh, step=step)
     config = config.copy_and_resolve_references()

@@ -157,7 +157,8 @@ def shared(workdir: Path) -> Row:
     seen = mark.exists()
     multihost_utils.sync_global_devices("preflight mark seen")
     if jax.process_index() == 0:
-        mark.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only file system says so though none is there
+            mark.unlink(missing_ok=True)
     if seen:
         return passed(name, "what host 0 writes, the others see")
     return failed(

@@ -24,11 +24,13 @@ from instap_jax.preflight.rows import (
 )
 from instap_jax.train import checkpoint
 from instap_jax.train.feed import abstract_batch
+from instap_jax.train.peers import Watchdog
 from instap_jax.train.profiling import use_compile_cache
 from instap_jax.train.program import Program, build_program, offloaded_bytes
 from instap_jax.types import Kind
 
 _PROCESS_BYTES = 2 << 30  # of Python, JAX and the compiler, without arrays
+_SILENCE = 1200.0  # seconds without a row: compiling a step takes minutes
 _TRIALS = ("parameters", "batches", "step", "chip memory", "input")
 
 Show = Callable[[Sequence[Row]], None]
@@ -61,15 +63,22 @@ def run(
     if failing(rows):
         show(rows)
         return rows
-    more, mesh, program = _machine_and_inputs(config, workdir, hosts, chips)
-    rows = of_all_hosts(rows + more)
-    show(rows)
-    if failing(rows):
-        last = [skipped(name) for name in _TRIALS]
-        show(last)
-        return rows + last
-    with jax.set_mesh(mesh):
-        return rows + _try(config, mesh, program, need, seconds, show)
+    # A host that fails within a check in which hosts meet leaves the others waiting there.
+    with Watchdog(_SILENCE) as watchdog:
+        more, mesh, program = _machine_and_inputs(config, workdir, hosts, chips)
+        rows = of_all_hosts(rows + more)
+        show(rows)
+        if failing(rows):
+            last = [skipped(name) for name in _TRIALS]
+            show(last)
+            return rows + last
+
+        def show_more(rows: Sequence[Row]) -> None:
+            watchdog.step()
+            show(rows)
+
+        with jax.set_mesh(mesh):
+            return rows + _try(config, mesh, program, need, seconds, show_more)
 
 
 def _join(config: ConfigDict) -> list[Row]:

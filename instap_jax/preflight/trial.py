@@ -62,8 +62,7 @@ def first_batches(config: ConfigDict, mesh: Mesh) -> tuple[Row, dict[Kind, Fed]]
         while set(batches) < kinds:
             fed = next(feed)
             batches.setdefault(fed.kind, fed)
-        if feed.fault:
-            raise feed.fault
+        _judge(feed)
         faults = feed.fault_counts()
     found = ", ".join(f"{kind}: {fed.samples} samples" for kind, fed in sorted(batches.items()))
     if faults:
@@ -72,6 +71,14 @@ def first_batches(config: ConfigDict, mesh: Mesh) -> tuple[Row, dict[Kind, Fed]]
     else:
         row = passed("batches", found)
     return row, batches
+
+
+def _judge(feed: Feed) -> None:
+    """Raises what would end a training of these batches."""
+    if feed.fault:
+        raise feed.fault
+    if jax.process_count() == 1:  # the share that counts is that of all hosts: of one it varies
+        feed.judge(feed.news())
 
 
 def steps(
@@ -141,8 +148,7 @@ def throughput(config: ConfigDict, mesh: Mesh, *, seconds: float, need: float | 
             count += next(feed).samples
             batches += 1
         rate = count / (time.perf_counter() - start)
-        if feed.fault:
-            raise feed.fault
+        _judge(feed)
     found = f"{rate:.0f} samples/s of {batches} batches"
     if need is None:
         return warned("input", found, "--need=SAMPLES compares it with what the steps take")

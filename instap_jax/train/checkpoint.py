@@ -17,7 +17,7 @@ import contextlib
 import itertools
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from instap_jax.errors import UserError
+from instap_jax.errors import StorageError, UserError
 from instap_jax.train import integrity
 
 DIRECTORY = "checkpoints"
@@ -40,7 +40,12 @@ READ = ("params", "meta")  # what readers of a run need
 
 @contextlib.contextmanager
 def storage_faults(what: str):
-    """Whatever storage raises, through orbax and tensorstore, as one line of ours."""
+    """Whatever storage raises, through orbax and tensorstore, as one line of ours.
+
+    Raises:
+      UserError: in a single process. StorageError: in one of several, where it may also be that
+        another has died within a save, and a new start mends both.
+    """
     try:
         yield
     except (UserError, integrity.Damaged):
@@ -50,19 +55,39 @@ def storage_faults(what: str):
         if system := re.search(r": ([^:]+) \[os_error_code", reason):
             reason = f"{system[1]}: {reason}"  # tensorstore names it at the end of a long line
         reason = reason[:300]
-        raise UserError(f"{what} ({type(error).__name__}: {reason})") from error
+        kind = UserError if jax.process_count() == 1 else StorageError
+        raise kind(f"{what} ({type(error).__name__}: {reason})") from error
+
+
+class Manager(ocp.CheckpointManager):
+    """orbax's, which also says at once that a save in the background has failed.
+
+    orbax itself says so once all processes have met, for which the failed one waits twenty minutes.
+
+    Attributes:
+      failure: what a save has met in this process.
+    """
+
+    failure: BaseException | None = None
+
+    def _wait_for_checkpointers(self):
+        try:
+            super()._wait_for_checkpointers()
+        except BaseException as error:
+            self.failure = error
+            raise
 
 
 def open_manager(
     workdir: str, options: ocp.CheckpointManagerOptions, which: str = NEWEST
-) -> ocp.CheckpointManager:
+) -> Manager:
     """orbax's manager of a run's checkpoints, which writes the list of checksums."""
     path = epath.Path(workdir)
     if "://" not in workdir:
         path = epath.Path(Path(workdir).absolute())
     directory = path / DIRECTORIES[which]
     options.temporary_path_class = integrity.temporary_path_class(directory)
-    return ocp.CheckpointManager(directory, item_names=ITEMS, options=options)
+    return Manager(directory, item_names=ITEMS, options=options)
 
 
 def write_params(workdir: str, params: Any, *, meta: dict[str, Any]) -> None:
@@ -87,7 +112,8 @@ def write_best(workdir: str, params: Any, *, step: int, meta: dict[str, Any]) ->
         _best_manager(workdir) as manager,
     ):
         set_aside_damaged(manager, workdir, READ)
-        if step in manager.all_steps():  # of a stretch of the run that a crash has lost
+        # Of a stretch of the run that a crash has lost.
+        if _said_by_main(lambda: step in manager.all_steps()):
             manager.delete(step)
         manager.save(step, args=_readable(params, meta), force=True)
 
@@ -105,7 +131,11 @@ def tidy_best(workdir: str) -> None:
 
 def _best_manager(workdir: str) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=1, enable_async_checkpointing=False, cleanup_tmp_directories=True
+        max_to_keep=1,
+        enable_async_checkpointing=False,
+        cleanup_tmp_directories=True,
+        # Several processes meet by name: these are not the saves of the run, which go on meanwhile.
+        multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix="best"),
     )
     return open_manager(workdir, options, BEST)
 
@@ -127,18 +157,21 @@ def newest_intact(
       UserError: the storage cannot be read, or no step of several is intact.
     """
     damaged: dict[int, str] = {}
-    step = None
-    if jax.process_index() == 0:
-        with storage_faults(f"{manager.directory} cannot be read"):
-            for candidate in sorted(manager.all_steps(), reverse=True):
-                try:
-                    integrity.check(manager.directory / str(candidate), items)
-                except integrity.Damaged as error:
-                    damaged[candidate] = str(error)
-                    continue
-                step = candidate
-                break
-    step = _agreed(step, bool(damaged))
+
+    def find() -> int:
+        for candidate in sorted(manager.all_steps(), reverse=True):
+            try:
+                integrity.check(manager.directory / str(candidate), items)
+            except integrity.Damaged as error:
+                damaged[candidate] = str(error)
+                continue
+            return candidate
+        return _NONE_INTACT if damaged else _NONE
+
+    with storage_faults(f"{manager.directory} cannot be read"):
+        step = _said_by_main(find)
+    if step == _NONE:
+        return None, damaged
     if step == _NONE_INTACT:
         reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
         raise UserError(
@@ -153,43 +186,65 @@ def newest_intact(
     return step, damaged
 
 
-_NONE, _NONE_INTACT = -1, -2
+_NONE, _NONE_INTACT, _FAILED = -1, -2, -3
 
 
-def _agreed(step: int | None, damaged: bool) -> int | None:
-    """What the main process found, on every process."""
-    code = step if step is not None else (_NONE_INTACT if damaged else _NONE)
-    if jax.process_count() > 1:
-        code = int(multihost_utils.broadcast_one_to_all(np.int32(code)))
-    return None if code == _NONE else code
+def _said_by_main(find: Callable[[], int]) -> int:
+    """What the main process finds, on every process: they may see another state of storage.
+
+    Raises:
+      What `find` raised in the main process, and there that it did in the others: all go on or
+      none does, as they will meet again.
+    """
+    if jax.process_count() == 1:
+        return find()
+    found, fault = _FAILED, None
+    if jax.process_index() == 0:
+        try:
+            found = find()
+        except Exception as error:
+            fault = error
+    found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+    if found == _FAILED:
+        raise fault or OSError("process 0 has met a fault; it says which")
+    return found
 
 
-def set_aside_damaged(manager: ocp.CheckpointManager, workdir: str, items: Sequence[str]) -> None:
+def set_aside_damaged(
+    manager: ocp.CheckpointManager, workdir: str, items: Sequence[str]
+) -> int | None:
     """Moves damaged checkpoints that are newer than the newest intact one to a sibling directory.
 
     There they are out of the way of the run, which will write these steps again, and of its
     deletion of old checkpoints. Where none is intact nothing is moved, and a UserError says so.
+
+    Returns:
+      The newest intact step, the same on every process; None: there is no checkpoint.
     """
-    _, damaged = newest_intact(manager, items)
+    step, damaged = newest_intact(manager, items)
     aside = manager.directory.parent / f"{manager.directory.name}-damaged"
     with storage_faults(f"{workdir}: cannot move a damaged checkpoint aside"):
-        for step in damaged:
+        for skipped in damaged:
             aside.mkdir(parents=True, exist_ok=True)
-            names = (f"{step}" + (f".{n}" if n else "") for n in itertools.count())
+            names = (f"{skipped}" + (f".{n}" if n else "") for n in itertools.count())
             place = next(aside / name for name in names if not (aside / name).exists())
-            (manager.directory / str(step)).rename(place)
+            (manager.directory / str(skipped)).rename(place)
             print(f"it is kept as {place}", file=sys.stderr)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("set_aside_damaged")
     manager.reload()
+    return step
 
 
 def has_best(workdir: str) -> bool:
     """Whether the run has a best checkpoint."""
-    if not (epath.Path(workdir) / DIRECTORIES[BEST]).exists():
-        return False
-    with _reader(workdir, BEST) as manager:
-        return bool(manager.all_steps())
+    directory = epath.Path(workdir) / DIRECTORIES[BEST]
+
+    def is_there() -> bool:  # by one process: no manager, which all open together
+        return directory.exists() and any(part.name.isdigit() for part in directory.iterdir())
+
+    with storage_faults(f"{directory} cannot be read"):
+        return bool(_said_by_main(is_there))
 
 
 def read_meta(workdir: str, *, which: str = NEWEST) -> tuple[int, dict[str, Any]]:

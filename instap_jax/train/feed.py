@@ -2,6 +2,7 @@
 
 import collections
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -96,7 +97,7 @@ class Feed:
       state: of an earlier `Fed.state`, to go on exactly after that batch.
 
     Attributes:
-      fault: why the run must end, once too many of this process's samples could not be read. Other
+      fault: why the run must end, once a sample of this process cannot be trained on. Other
         processes have to end at the same step, so that the loop raises it and not the feed.
     """
 
@@ -124,6 +125,7 @@ class Feed:
             if state is not None:
                 loader.set_state(state[kind])
         self._monitors = {kind: FaultMonitor(loader) for kind, loader in self._loaders.items()}
+        self._totals = dict.fromkeys(self._loaders, (0, 0))
         self._states = {kind: loader.get_state() for kind, loader in self._loaders.items()}
         self._step = start_step
         self._ready: collections.deque[Fed] = collections.deque()
@@ -140,6 +142,20 @@ class Feed:
             total.update(monitor.counts())
         return dict(total)
 
+    def news(self) -> list[int]:
+        """For every kind the samples that could not be read and all samples, of this process,
+        since the last call: what `judge` takes, summed over processes."""
+        return [n for monitor in self._monitors.values() for n in monitor.news()]
+
+    def judge(self, news: Sequence[int]) -> None:
+        """Raises UserError where more than `config.data.max_fault_rate` of the samples of a kind,
+        of all processes, could not be read."""
+        pairs = zip(news[::2], news[1::2], strict=True)
+        for (kind, monitor), (faults, samples) in zip(self._monitors.items(), pairs, strict=True):
+            before = self._totals[kind]
+            self._totals[kind] = before[0] + faults, before[1] + samples
+            monitor.check(self._config.data.max_fault_rate, *self._totals[kind])
+
     def sample_ids(self, fed: Fed) -> list[str]:
         """Ids of this process's samples of a batch, in order."""
         loader = self._loaders[fed.kind]
@@ -153,10 +169,7 @@ class Feed:
         kind = kind_of_step(self._config, self._step)
         batch = next(self._loaders[kind])
         self._monitors[kind].update(batch)
-        try:
-            self._monitors[kind].check(self._config.data.max_fault_rate)
-        except UserError as error:
-            self.fault = self.fault or error
+        self.fault = self.fault or self._monitors[kind].fault
         self._states = self._states | {kind: self._loaders[kind].get_state()}
         self._step += 1
         placed = jax.tree.map(lambda array: sharding.place_rows(array, self._mesh), batch)

@@ -63,27 +63,25 @@ def train(
     """
     mesh = sharding.make_mesh(config.mesh)
     use_compile_cache(config, workdir, mesh)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), Watchdog(config.distributed.step_timeout) as watchdog:
         program = build_program(config, mesh)
-        checkpointer = Checkpointer(
+        with Checkpointer(
             str(workdir),
             every=config.checkpoint.every,
             keep=config.checkpoint.keep,
             retries=config.checkpoint.retries,
             retry_seconds=config.checkpoint.retry_seconds,
-        )
-        try:
-            selection = Selection(config, workdir, program, mesh, make_validate)
-            return _run(config, workdir, mesh, program, checkpointer, stop, selection)
-        except KeyboardInterrupt:
-            checkpointer.wait()  # for a save in progress
-            step = checkpointer.latest_step()
-            if _is_main():
-                line = f"\nstopped; the same command goes on from step {step or 0}"
-                print(line, file=sys.stderr)
-            raise
-        finally:
-            checkpointer.close()
+        ) as checkpointer:
+            try:
+                selection = Selection(config, workdir, program, mesh, make_validate)
+                return _run(config, workdir, mesh, program, checkpointer, stop, selection, watchdog)
+            except KeyboardInterrupt:
+                checkpointer.wait()  # for a save in progress
+                step = checkpointer.latest_step()
+                if _is_main():
+                    line = f"\nstopped; the same command goes on from step {step or 0}"
+                    print(line, file=sys.stderr)
+                raise
 
 
 def _run(
@@ -94,6 +92,7 @@ def _run(
     checkpointer: Checkpointer,
     stop: StopRequest,
     selection: Selection,
+    watchdog: Watchdog,
 ) -> TrainState:
     found = inputs.identify(config)
     frozen = load_frozen(config, program, step=found["teacher"])
@@ -111,9 +110,11 @@ def _run(
     means = StepMeans(split=both, kept=(kept or {}).get("log"))
     feed = Feed(config, mesh, start_step=start, state=kept)
     writer = MetricWriter(workdir, config, resume_step=start) if _is_main() else None
-    tools = checkpointer, feed, writer, means, stop, selection, guard
+    tools = checkpointer, feed, writer, means, stop, selection, guard, watchdog
     run = _Run(config, workdir, mesh, program, *tools, made_with=found)
     try:
+        if (kept or {}).get("unvalidated"):
+            run.validate(state, start)
         return run.steps(state, frozen, start, last)
     finally:
         feed.close()
@@ -137,13 +138,14 @@ class _Run:
         stop: StopRequest,
         selection: Selection,
         guard: Guard,
+        watchdog: Watchdog,
         *,
         made_with: dict,
     ):
         self._selection, self._guard, self._workdir = selection, guard, workdir
         self._config, self._mesh, self._program, self._stop = config, mesh, program, stop
         self._checkpointer, self._feed = checkpointer, feed
-        self._writer, self._means = writer, means
+        self._writer, self._means, self._watchdog = writer, means, watchdog
         self._inputs = made_with
         self._flops: dict = {}
         self._clock = StepClock()
@@ -155,7 +157,6 @@ class _Run:
         with (
             Progress(label, last, done=start, unit="steps") as progress,
             Tracer(self._config.log.profile, self._workdir) as tracer,
-            Watchdog(self._config.distributed.step_timeout) as watchdog,
         ):
             for step in range(start + 1, last + 1):
                 waited = time.perf_counter()
@@ -175,28 +176,41 @@ class _Run:
                         step, self._program.step, state, frozen, fed.batch, self._program.seed
                     )
                 self._stop.hold()  # from here on there is something to save
-                asked = self._agreement.exchange(
-                    Ask.FAULT if self._feed.fault else self._stop.asked
-                )
-                if asked is Ask.FAULT:
-                    raise self._feed.fault or UserError("stopped: another process says why")
+                asked = self._agree()
                 if pending:
                     progress.update(note=self._finish(*pending, state))
                 pending = (step, metrics, fed)
-                validate = self._selection.due(step)
-                force = step == last or asked is not Ask.NOTHING
-                save = force or self._checkpointer.due(step)
-                if validate or save:  # what is measured or saved is known to be finite
+                ends = asked is not Ask.NOTHING and step < last
+                due = self._selection.due(step)
+                save = ends or step == last or self._checkpointer.due(step)
+                if due or save:  # what is measured or saved is known to be finite
                     progress.update(note=self._finish(*pending, state))
                     pending = None
-                if validate:  # before the checkpoint: none is resumed past it
-                    self._validate(state, step)
+                # Before the checkpoint: none is resumed past it. But not where this machine is
+                # about to be taken away: the resumed run then begins with it.
+                if due and not ends:
+                    self.validate(state, step)
                 if save:
-                    self._save(state, step, fed, wait=force)
-                if asked is not Ask.NOTHING and step < last:
+                    self._save(
+                        state, step, fed, wait=ends or step == last, unvalidated=due and ends
+                    )
+                if ends:
                     asked.raise_()
-                watchdog.step()
+                self._watchdog.step()
         return state
+
+    def _agree(self) -> Ask:
+        """What any process asks for, at the same step in all of them.
+
+        Raises:
+          UserError: the data, of one process or of all together, have too many faults.
+        """
+        mine = Ask.FAULT if self._feed.fault else self._stop.asked
+        asked, news = self._agreement.exchange(mine, self._feed.news())
+        if asked is Ask.FAULT:
+            raise self._feed.fault or UserError("stopped: another process says why")
+        self._feed.judge(news)
+        return asked
 
     def _finish(self, step: int, metrics, fed: Fed, state: TrainState) -> str:
         """Waits for a step, judges and writes its metrics; returns a short note.
@@ -239,7 +253,7 @@ class _Run:
         faults = self._feed.fault_counts().items()
         return {f"faults/{name}": float(n) for name, n in faults} | self._guard.counts()
 
-    def _validate(self, state: TrainState, step: int) -> None:
+    def validate(self, state: TrainState, step: int) -> None:
         """Measures the parameters and keeps them if they are the best; no part of a step's time."""
         start = time.perf_counter()
         scalars = self._selection.measure(state.params, step, self._meta())
@@ -267,15 +281,19 @@ class _Run:
             "time": time.time(),
         }
 
-    def _save(self, state: TrainState, step: int, fed: Fed, *, wait: bool) -> None:
+    def _save(
+        self, state: TrainState, step: int, fed: Fed, *, wait: bool, unvalidated: bool
+    ) -> None:
+        """`unvalidated`: a validation of this step was due and is owed by who goes on."""
         if self._writer:
             self._writer.sync()
         data = fed.state | {"guard": self._guard.state(), "log": self._means.state()}
+        data |= {"unvalidated": unvalidated}
         self._checkpointer.save(state, step, data=data, meta=self._meta(), wait=wait)
 
 
 def _start(config, workdir: Path, program: Program, checkpointer) -> tuple[TrainState, dict | None]:
-    if checkpointer.latest_step() is not None:
+    if checkpointer.resumed is not None:
         _, meta = checkpoint.read_meta(str(workdir))
         inputs.check_same(config, meta, str(workdir))
         return checkpointer.restore(program.abstract)

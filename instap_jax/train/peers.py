@@ -1,7 +1,9 @@
 """What the processes of a run owe each other: to stop together, and not to hang alone."""
 
 import faulthandler
+import itertools
 import sys
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,33 +15,48 @@ from instap_jax.train.stop import Ask
 
 
 class Agreement:
-    """What any process asks for, known to all of them at the same step.
+    """What any process asks for, and what all have counted, known to each at the same step.
 
-    Each step a number of every process is added to the device's queue behind the step, and the
-    largest is read one step late, with the metrics, so that no device and no host waits for it.
-    JAX's preemption service would do the same without a device, but for SIGTERM alone, and its
-    handler takes the place of ours: no Ctrl-C, no second signal, no word on the screen.
+    Each step some numbers of every process are added to the device's queue behind the step, and
+    what they make together is read one step late, with the metrics, so that no device and no host
+    waits for it. JAX's preemption service would do the same without a device, but for SIGTERM
+    alone, and its handler takes the place of ours: no Ctrl-C, no second signal, no word on the
+    screen.
     """
 
     def __init__(self, mesh: Mesh):
         self._place = NamedSharding(mesh, P(mesh.axis_names))
         self._size = mesh.size
-        self._largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))
+        self._together = jax.jit(_together, out_shardings=NamedSharding(mesh, P()))
         self._told: jax.Array | None = None
 
-    def exchange(self, ask: Ask) -> Ask:
-        """Tells the other processes `ask`; returns the largest of what all told the last time.
+    def exchange(self, ask: Ask, counts: Sequence[int] = ()) -> tuple[Ask, list[int]]:
+        """Tells the other processes what this one asks and has counted since the last time.
 
-        A single process is told its own at once.
+        Returns:
+          The largest of what all asked the last time, and the sums of what they counted, which
+          must fit an int32. A single process is told its own at once.
         """
         if jax.process_count() == 1:
-            return ask
+            return ask, list(counts)
         before = self._told
-        mine = np.array([ask], np.int32)
-        self._told = self._largest(
-            jax.make_array_from_callback((self._size,), self._place, lambda _: mine)
+        mine = np.array([ask, *counts], np.int32)
+        # A row for every device; what this process counted is in the row of its first alone.
+        rest = np.array([ask, *(0 for _ in counts)], np.int32)
+        rows = itertools.chain([mine], itertools.repeat(rest))
+        shape = (self._size, len(mine))
+        self._told = self._together(
+            jax.make_array_from_callback(shape, self._place, lambda _: next(rows)[None])
         )
-        return Ask.NOTHING if before is None else Ask(int(before))
+        if before is None:
+            return Ask.NOTHING, [0 for _ in counts]
+        largest, *sums = np.asarray(before).tolist()
+        return Ask(largest), sums
+
+
+def _together(told: jax.Array) -> jax.Array:
+    """int32 [devices, 1 + counts] -> [1 + counts]: the largest, and sums."""
+    return jnp.concatenate([told[:, :1].max(axis=0), told[:, 1:].sum(axis=0)])
 
 
 class Watchdog:
@@ -49,7 +66,7 @@ class Watchdog:
     reads no more is not. The process prints where each of its threads is, and exits with code 1.
 
     Args:
-      seconds: between two calls of `step`.
+      seconds: until the first call of `step`, and between two calls.
     """
 
     def __init__(self, seconds: float):

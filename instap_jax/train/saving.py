@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from instap_jax.errors import UserError
+from instap_jax.errors import Stopped, UserError
 from instap_jax.train import integrity
 from instap_jax.train.checkpoint import (
     DIRECTORY,
@@ -39,6 +39,11 @@ class Checkpointer:
       retries: failures in a row that are borne. Several processes bear none: they may not learn
         of a failure at the same step, and would not save the same one; whoever starts them again
         makes them go on from the last checkpoint.
+
+    A context in which checkpoints are written; it ends when all are.
+
+    Attributes:
+      resumed: the step that `restore` gives, the same in every process; None: nothing is there.
     """
 
     def __init__(
@@ -56,8 +61,19 @@ class Checkpointer:
         with storage_faults(f"{workdir}: cannot open its checkpoints"):
             self._manager = open_manager(workdir, options)
         refuse_converted(self._manager, workdir)
-        set_aside_damaged(self._manager, workdir, ITEMS)
+        self.resumed = set_aside_damaged(self._manager, workdir, ITEMS)
         self._place = _identity(self._manager.directory)
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind, *exc) -> None:
+        if kind is None or issubclass(kind, Stopped):
+            self.close()
+        elif jax.process_count() == 1:
+            with contextlib.suppress(UserError):  # what ended the run says why
+                self.close()
+        # Else the others may never come to where this one would wait for them.
 
     def latest_step(self) -> int | None:
         """Of the newest checkpoint, one being written included."""
@@ -105,17 +121,23 @@ class Checkpointer:
             time.sleep(max(0.0, self._again_at - time.monotonic()))
 
     def check(self) -> None:
-        """Raises what a save in the background met, as soon as it has ended; never waits."""
-        if self._in_progress is not None and not self._manager.is_saving_in_progress():
+        """Raises what a save in the background met, as soon as that is known; never waits."""
+        if self._in_progress is None:
+            return
+        if jax.process_count() > 1 and self._manager.failure:
+            with storage_faults(f"{self._workdir}: cannot save step {self._in_progress}"):
+                raise self._manager.failure
+        if not self._manager.is_saving_in_progress():
             self._settle()
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Restores the newest checkpoint as `abstract` describes it, and `data` as it was saved.
+        """Restores the checkpoint of step `resumed` as `abstract` describes it, and `data` as it
+        was saved.
 
         Raises:
           UserError: when it does not fit, or storage fails.
         """
-        step = self._manager.latest_step()
+        step = self.resumed
         args = ocp.args.Composite(
             params=ocp.args.StandardRestore(abstract.params),
             optimizer=ocp.args.StandardRestore(
@@ -147,8 +169,10 @@ class Checkpointer:
 
     def _check_place(self) -> None:
         """An unmounted file system leaves an empty directory, which would be written to."""
-        if _identity(self._manager.directory) != self._place:
-            raise OSError(f"{self._manager.directory} is not the directory it was: unmounted?")
+        directory, last = self._manager.directory, self._manager.latest_step()
+        same = _identity(directory) == self._place
+        if not same or not (last is None or (directory / str(last)).exists()):
+            raise OSError(f"{directory} is not the directory it was: unmounted?")
 
     def _settle(self) -> None:
         """Waits for a save in progress, and takes note of how it ended."""
@@ -177,18 +201,18 @@ class Checkpointer:
             f"{'from step ' + str(last) if last is not None else 'none'}"
         )
         if self._failures > self._retries:
-            raise UserError(line) from error
+            raise type(error)(line) from error
         pause = self._retry_seconds * 2 ** (self._failures - 1)
         self._again_at = time.monotonic() + pause
         print(f"{line}; trying again in {pause:g} s", file=sys.stderr)
 
 
-def _identity(directory: epath.Path) -> tuple[int, int] | None:
-    """Device and number of a local directory; None for an object store's."""
-    if "://" in str(directory):
-        return None
-    stat = os.stat(directory)
-    return stat.st_dev, stat.st_ino
+def _identity(directory: epath.Path) -> int | None:
+    """Of the file system of a local directory; None for an object store's.
+
+    Its number there would not do: a bucket's may be another each time the system has forgotten it.
+    """
+    return None if "://" in str(directory) else os.stat(directory).st_dev
 
 
 def _silence_orbax() -> None:
