@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from instap_jax.config import default, needs_teacher
-from instap_jax.errors import UserError
+from instap_jax.errors import UserError, cannot
 
 STAGES = ("teacher", "distill", "align", "ground", "classify")
 
@@ -491,7 +491,7 @@ def _write_whole(path: Path, content: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             aside.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+        raise cannot(f"cannot write {path}", error) from error
 
 
 def _has_checkpoint(workdir: Path) -> bool:
@@ -513,7 +513,7 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
         if found - {_ASIDE} and path.name not in found:
             raise UserError(f"{workdir}: not empty and not a run (it has no config.json)")
     except OSError as error:
-        raise UserError(f"{workdir}: {error.strerror}") from error
+        raise cannot(str(workdir), error) from error
 
 
 def read(workdir: Path) -> ConfigDict:
@@ -552,9 +552,10 @@ def _stored(path: Path) -> dict[str, Any]:
     """The flat configuration in a `config.json`."""
     try:
         return flatten(json.loads(path.read_text())["config"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = getattr(error, "strerror", None) or "damaged"
-        raise UserError(f"{path} is not the config.json of a run: {reason}") from error
+    except OSError as error:
+        raise cannot(f"{path} is not the config.json of a run", error) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not the config.json of a run: damaged") from error
 
 
 def _check_same(path: Path, resolved: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Joins the processes of a pod, one a host, into one JAX program, and takes them apart again."""
 
+import atexit
 import contextlib
 import os
 import sys
@@ -38,8 +39,10 @@ def joined(config: ConfigDict) -> Iterator[None]:
         yield
     except BaseException as error:
         if jax.process_count() > 1 and not isinstance(error, Stopped):
-            # Before JAX waits, as the process ends, for the others, and Python for threads that do.
-            threading.Thread(target=_leave, args=(exit_code(error),), daemon=True).start()
+            code = exit_code(error)
+            atexit.register(_leave, code)  # before JAX's own, which waits for the others
+            # Before that Python waits for threads, of which those of a save wait for the others.
+            threading.Thread(target=_leave_after_main, args=(code,), daemon=True).start()
         raise
 
 
@@ -129,9 +132,13 @@ def _gather(number: int) -> list[int]:
     return np.ravel(multihost_utils.process_allgather(np.int32(number))).tolist()
 
 
-def _leave(code: int) -> None:
-    """Ends the process, once the main thread has, without waiting for the others."""
+def _leave_after_main(code: int) -> None:
     threading.main_thread().join()
+    _leave(code)
+
+
+def _leave(code: int) -> None:
+    """Ends the process without waiting for the others."""
     sys.stdout.flush()
     sys.stderr.flush()
     if jax.process_index() == 0:

@@ -1,5 +1,7 @@
 """What ends a verb early, and the exit codes."""
 
+import errno
+
 EXIT_USER_ERROR = 2
 EXIT_STORAGE = 74  # EX_IOERR
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the same command, started again, goes on
@@ -7,16 +9,35 @@ EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141  # as of a program that SIGPIPE has ended
 
 
+# What the system says of storage that does not answer, and may at another time.
+_PASSES = (
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+    errno.ECONNRESET, errno.EAGAIN,
+)  # fmt: skip
+
+
 class UserError(Exception):
     """A fault of the input, not of the program: a wrong path, key, file or value.
 
-    The console command prints its message as one line and exits with code 2. The message names
-    what is wrong, where (file and line, or key), and what to do about it.
+    The console command prints its message as one line and exits with code 2 (`exit_code` has the
+    others). The message names what is wrong, where (file and line, or key), and what to do about
+    it.
     """
 
 
 class StorageError(UserError):
-    """Storage failed one process of several. It may be gone with the next start: no final code."""
+    """Storage failed, and the next start may find it well: its code (74) is not a final one."""
+
+
+class AgreedFault(UserError):
+    """A fault that every process of a run meets at the same step, so that none is waited for in
+    vain."""
+
+
+def cannot(what: str, error: OSError) -> UserError:
+    """`what`, and why, as a `StorageError` where it may pass."""
+    kind = StorageError if error.errno in _PASSES else UserError
+    return kind(f"{what}: {error.strerror}")
 
 
 class UnreadableSample(UserError):

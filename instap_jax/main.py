@@ -54,8 +54,8 @@ VERBS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code.
 
-    0 done; 2 a fault of the input: the same command would meet it again; 75 preempted and saved:
-    start it again; 130 Ctrl-C.
+    0 done; 2 a fault of the input: the same command would meet it again; 74 storage failed, 75
+    preempted and saved: start it again; 130 Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):

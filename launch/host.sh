@@ -41,14 +41,16 @@ begin() {
   # shellcheck disable=SC2016
   setsid bash -c '
     trap : TERM INT # theirs is the process that runs here
-    echo $$ >"$0.pid"
+    echo $$ >"$0.pid" || exit 1 # a run that cannot be found again would never be ended
     .venv/bin/instap "$@"
     echo $? >"$0.code"
-  ' "$state" "$@" >>"$log" 2>&1 </dev/null &
+  ' "$state" "$@" >>"$log" 2>&1 </dev/null 9>&- &
   for _ in $(seq 100); do
-    [ -s "$state.pid" ] && return
+    [ -f "$state.pid" ] && [ -s "$state.pid" ] && return
     sleep 0.1
   done
+  echo "[$host] cannot write $state.pid"
+  exit 1
 }
 
 # Newest checkpoint of the --workdir among the arguments: --workdir=DIR, --workdir DIR.
@@ -79,6 +81,8 @@ case "${1:-}" in
   run)
     start="$2"
     shift 2
+    exec 9>"$state-lock" || exit 1
+    flock 9 # the same command may come twice
     if [ "$start" -lt "$(begun || echo 0)" ]; then
       echo "[$host] a later start has taken the place of $start"
       exit 1
@@ -94,6 +98,7 @@ case "${1:-}" in
       echo "[$host] start from checkpoint $(newest "$@")"
       begin "$@"
     fi
+    exec 9>&-
     tail --pid="$(cat "$state.pid")" --sleep-interval=0.2 --bytes=+"$((from + 1))" --follow "$log" |
       sed --unbuffered "s/^/[$host] /"
     code=$(cat "$state.code" 2>/dev/null || echo 137) # killed, with the shell that writes it

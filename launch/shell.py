@@ -20,6 +20,7 @@ class Shell:
     """`dry_run`: every command is printed, as it can be pasted, and none is run."""
 
     dry_run: bool
+    _streams: list[subprocess.Popen] = dataclasses.field(default_factory=list, init=False)
 
     def run(self, words: Sequence[str], *, stdin: str | None = None) -> int:
         """Runs a command with our terminal; its exit code (0 in a dry run)."""
@@ -79,16 +80,21 @@ class Shell:
         ours, theirs = os.pipe()
         options = {"stdout": theirs, "stderr": subprocess.STDOUT, "start_new_session": True}
         processes = [subprocess.Popen(_found(words), **options) for words in commands]
+        self._streams[:] = processes
         os.close(theirs)
         try:
             with open(ours, encoding="utf-8", errors="replace") as output:
                 for text in output:
                     line(text.rstrip("\n"))
         except KeyboardInterrupt:  # of a launcher without Signals
-            for process in processes:
-                process.terminate()
+            self.end()
             raise
         return next((code for code in [one.wait() for one in processes] if code), 0)
+
+    def end(self) -> None:
+        """Ends what `stream` runs."""
+        for process in self._streams:
+            process.terminate()
 
     def start(self, commands: Sequence[Sequence[str]]) -> None:
         """Starts commands and does not wait for them."""

@@ -29,7 +29,9 @@ from pathlib import Path
 DONE, USER_ERROR, PREEMPTED, INTERRUPTED = 0, 2, 75, 130  # instap_jax/errors.py
 FINAL = (DONE, USER_ERROR, INTERRUPTED)
 # Errors of the system that another start would meet again.
-_MISTAKES = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
+_MISTAKES = (
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

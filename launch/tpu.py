@@ -205,22 +205,27 @@ class Run:
         self._resource.create(self._slice)
         print("# until the next command says ACTIVE:")
         self._resource.state()
+        self._set_up()
         self._install()
         return self._shell.stream(self._resource.ssh(self._command()))
 
     def _ask_to_stop(self) -> None:
-        """The hosts save and end; their exit codes then come back as ever."""
+        """The hosts save and end, and their exit codes then come back as ever; what goes before a
+        run is broken off."""
         if self._runs:
             self._resource.ask_to_stop()
+        else:
+            self._shell.end()
 
     def _attempt(self) -> int:
         """One start. Each step gives an exit code: what fails here is tried again, as a run is."""
-        for step in (self._get_slices, self._install, self._run):
+        for step in (self._get_slices, self._set_up, self._install):
+            code = INTERRUPTED if self._signals.asked() else step()
             if self._signals.asked():
                 return INTERRUPTED
-            if code := step():
+            if code:
                 return code
-        return DONE
+        return self._run()
 
     def _get_slices(self) -> int:
         """Asks for the slices, unless that was done, and waits for them."""
@@ -270,6 +275,13 @@ class Run:
         if step:
             self._newest = max(self._newest or 0, int(step))
 
+    def _set_up(self) -> int:
+        """--setup, before every start: a host that was started anew has lost its mounts."""
+        if not self._args.setup:
+            return DONE
+        command = f"bash -c {shlex.quote(self._args.setup)} || exit 1"  # 2 would be final
+        return self._shell.stream(self._resource.ssh(command))
+
     def _install(self) -> int:
         """This commit and its dependencies on every host."""
         if self._installed:
@@ -281,27 +293,21 @@ class Run:
             copy = self._resource.copy(archive, "instap.tar.gz")
             if code := self._shell.run(tar) or self._shell.stream(copy):
                 return code
-        # An earlier launcher's run saves and ends, its commit goes, its environment is updated.
+        # An earlier launcher's run saves and ends. Its modules go; runs may lie beside them.
         end = "{ ! [ -e instap/launch/host.sh ] || " + STOP + "; }"
-        clear = "find instap -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +"
-        unpack = ["mkdir -p instap", end, clear, "tar -xzf instap.tar.gz -C instap"]
-        steps = " && ".join([*unpack, "bash instap/launch/host.sh setup"])
+        unpack = ["rm -rf instap/instap_jax", "tar -xzf instap.tar.gz -C instap"]
+        steps = ["mkdir -p instap", end, *unpack, "bash instap/launch/host.sh setup"]
         # 1, whatever a step says: the 2 of a tar is no fault of the input.
-        install = self._resource.ssh(f"{self._before()}{{ {steps}; }} || exit 1")
+        install = self._resource.ssh(f"{{ {' && '.join(steps)}; }} || exit 1")
         code = self._shell.stream(install)
         self._installed = code == DONE
         return code
-
-    def _before(self) -> str:
-        """--setup, at every start: a host that was started anew has lost its mounts."""
-        return f"bash -c {shlex.quote(self._args.setup)} && " if self._args.setup else ""
 
     def _command(self) -> str:
         variables = [shlex.quote(text) for text in self._args.env]
         prefix = " ".join(["env", *variables, ""]) if variables else ""
         start = time.time_ns() // 1_000_000
-        run = f"bash instap/launch/host.sh run {start} {shlex.join(self._verb)}"
-        return f"{self._before()}{prefix}{run}"
+        return f"{prefix}bash instap/launch/host.sh run {start} {shlex.join(self._verb)}"
 
 
 if __name__ == "__main__":

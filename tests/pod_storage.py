@@ -14,12 +14,13 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from instap_jax import distributed
 from instap_jax.config import default
-from instap_jax.errors import StorageError, UserError, exit_code
+from instap_jax.errors import AgreedFault, StorageError, UserError, exit_code
 from instap_jax.train import checkpoint, integrity, saving
 from instap_jax.train.peers import Agreement
 from instap_jax.train.state import TrainState
@@ -92,6 +93,37 @@ def background(rank: int, mesh, workdir: str) -> None:
     raise AssertionError("no word of it")
 
 
+def at_the_end(rank: int, mesh, workdir: str) -> None:
+    """Likewise, in a save that all wait for."""
+    if rank == 0:
+        integrity.write_manifest = _refused
+    with saving.Checkpointer(workdir, every=1, keep=1) as saver:
+        save(saver, mesh, 1, wait=True)
+    raise AssertionError("saved")
+
+
+def first_fails(rank: int, mesh, workdir: str) -> None:
+    """A fault of one process alone, while the other waits for it."""
+    _one_fails(rank == 0)
+
+
+def second_fails(rank: int, mesh, workdir: str) -> None:
+    _one_fails(rank == 1)
+
+
+def _one_fails(here: bool) -> None:
+    if here:
+        raise UserError("a path that is not there")
+    multihost_utils.sync_global_devices("never met")
+
+
+def all_fail(rank: int, mesh, workdir: str) -> None:
+    """A fault that all meet at the same step: what was being saved is saved."""
+    with saving.Checkpointer(workdir, every=1, keep=1) as saver:
+        save(saver, mesh, 1)
+        raise AgreedFault("not finite")
+
+
 def killed(rank: int, mesh, workdir: str) -> None:
     """A process dies within a save that all wait for."""
     write = integrity.write_manifest
@@ -116,7 +148,8 @@ def main() -> int:
     scenario, rank, count, port, workdir = sys.argv[1:]
     os.environ |= dict(zip(distributed.VARIABLES, (f"127.0.0.1:{port}", count, rank)))
     config = default().distributed
-    config.heartbeat_timeout = 10
+    # A connection that closes is seen at once: there is no heartbeat to be waited for.
+    config.heartbeat_timeout = 300 if scenario.endswith("fails") else 10
     try:
         with distributed.joined(config):
             mesh = jax.make_mesh((jax.device_count(),), ("fsdp",))

@@ -261,6 +261,7 @@ def a_host(tmp_path):
             start_new_session=True,
         )
 
+    call.root = tmp_path
     return call
 
 
@@ -336,6 +337,21 @@ def test_host_a_broken_connection_costs_the_run_nothing(a_host):
     assert "saved, asked 1\n" in again.stdout.read()
     late = a_host("run", "1", "train")  # and once more, after its end
     assert late.wait(timeout=30) == 75 and "exit code 75" in late.stdout.read()
+
+
+def test_host_the_same_start_twice_at_once_is_one_run(a_host):
+    script = f"open({str(a_host.root / 'begun')!r}, 'a').write('x')\nimport time; time.sleep(1)"
+    first, second = (a_host("run", "1", "train", script=script) for _ in range(2))
+    assert first.wait(timeout=30) == second.wait(timeout=30) == 0
+    assert (a_host.root / "begun").read_text() == "x"
+
+
+def test_host_a_run_that_could_not_be_found_again_does_not_start(a_host):
+    state = a_host.root / f"instap-{os.getuid()}"
+    Path(f"{state}.pid").mkdir()  # a full disk, say
+    run = a_host("run", "1", "train", script=f"open({str(a_host.root / 'begun')!r}, 'w')")
+    assert run.wait(timeout=60) == 1 and "cannot write" in run.stdout.read()
+    assert not (a_host.root / "begun").exists()
 
 
 # --- the environment

@@ -46,8 +46,8 @@ def test_tpu_slice(capsys, monkeypatch):
     monkeypatch.setattr(subprocess, "run", None)  # nothing is run
     monkeypatch.setattr(subprocess, "Popen", None)
     commands, _ = dry(tpu, capsys, *TPU, "--accelerator=v5e-256", "--env=A=b c", "--setup=mnt")
-    create, _, describe, archive, copy, setup, run = commands
-    for words in (create, describe, copy, setup, run):
+    create, _, describe, mount, archive, copy, setup, run = commands
+    for words in (create, describe, mount, copy, setup, run):
         group = "queued-resources" if words in (create, describe) else "tpu-vm"
         assert words[:4] == ["gcloud", "compute", "tpus", group]
         assert flags_of(words)["project"] == "p" and flags_of(words)["zone"] == "europe-west4-b"
@@ -59,14 +59,14 @@ def test_tpu_slice(capsys, monkeypatch):
     assert flags["runtime-version"] == "v2-alpha-tpuv5-lite"
     assert flags["node-id"] == "n" and "node-count" not in flags and "spot" not in flags
     assert archive[0] == "git" and copy[5:7] == ["DIR/instap.tar.gz", "n:instap.tar.gz"]
-    for words in (copy, setup, run):
+    for words in (mount, copy, setup, run):
         assert flags_of(words)["worker"] == "all"
         kind = "scp" if words is copy else "ssh"
         assert f"--{kind}-flag=-oServerAliveInterval=30" in words  # a lost host is noticed
-    for words in (setup, run):
+    for words in (mount, setup, run):
         assert words[4:6] == ["ssh", "n"]
-        assert flags_of(words)["command"].startswith("bash -c mnt && ")  # at every start
-    *host, start = shlex.split(flags_of(run)["command"].partition("&&")[2])[: -len(TRAIN)]
+    assert flags_of(mount)["command"] == "bash -c mnt || exit 1"
+    *host, start = shlex.split(flags_of(run)["command"])[: -len(TRAIN)]
     assert host == ["env", "A=b c", "bash", "instap/launch/host.sh", "run"] and int(start)
     assert shlex.split(flags_of(run)["command"])[-len(TRAIN) :] == TRAIN
 
@@ -77,7 +77,7 @@ def test_tpu_multislice_on_spot_capacity(capsys):
     assert flags["node-count"] == "4" and flags["node-prefix"] == "n" and "node-id" not in flags
     assert "spot" in flags and flags["accelerator-type"] == "v5p-128"
     nodes = [f"n-{index}" for index in range(4)]  # Cloud's names of them
-    for action, times in (("scp", 1), ("ssh", 2)):
+    for action, times in (("scp", 1), ("ssh", 2)):  # without --setup
         of_action = [words for words in commands if words[4:5] == [action]]
         at = 6 if action == "scp" else 5
         assert [words[at].partition(":")[0] for words in of_action] == times * nodes
@@ -95,22 +95,19 @@ def test_tpu_stop_and_delete(action, capsys):
         assert flags_of(words)["command"] == "bash instap/launch/host.sh stop"
 
 
-HOSTILE = "false || echo 'a  b'; exit 2"
-
-
-@pytest.mark.parametrize("setup", ["", "true", HOSTILE])
-def test_tpu_what_fails_before_the_run_is_no_fault_of_the_input(capsys, tmp_path, setup):
-    """The installation, as a host's shell runs it, where there is no archive: tar says 2."""
+def test_tpu_what_fails_before_the_run_is_no_fault_of_the_input(capsys, tmp_path):
+    """--setup and the installation, as a host's shell runs them; of no archive tar says 2."""
+    setup = "false || echo 'a  b'; exit 2"
     commands, _ = dry(tpu, capsys, *TPU, "--accelerator=v5e-4", f"--setup={setup}")
-    command = flags_of(commands[-2])["command"]
-    (tmp_path / "instap" / ".venv").mkdir(parents=True)
-    (tmp_path / "instap" / "launch").mkdir()
-    (tmp_path / "instap" / "launch" / "host.sh").write_text("echo an earlier run: $1")
-    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1
-    left = {path.name for path in (tmp_path / "instap").iterdir()}
-    assert left == ({".venv", "launch"} if setup == HOSTILE else {".venv"})
-    assert ("an earlier run: stop" in done.stdout) == (setup != HOSTILE)
+    host = tmp_path / "instap"
+    for name in (".venv", "launch", "instap_jax", "runs"):
+        (host / name).mkdir(parents=True)
+    (host / "launch" / "host.sh").write_text("echo an earlier run: $1")
+    for index, said in ((3, "a  b\n"), (-2, "an earlier run: stop\n")):
+        command = ["bash", "-c", flags_of(commands[index])["command"]]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (1, said)
+    assert {path.name for path in host.iterdir()} == {".venv", "launch", "runs"}
 
 
 def test_tpu_slices_run_together_and_the_first_fault_counts(tmp_path, monkeypatch, capfd):

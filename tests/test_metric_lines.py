@@ -1,11 +1,13 @@
 """metrics.jsonl after a crash: no step twice, none lost, whatever the crash or the disk tore."""
 
+import errno
 import json
+from unittest.mock import Mock
 
 import pytest
 from tiny import tiny_config
 
-from instap_jax.errors import UserError
+from instap_jax.errors import StorageError, UserError
 from instap_jax.train.metrics import MetricWriter, StepMeans, read_metrics
 from instap_jax.types import Kind
 
@@ -59,6 +61,27 @@ def test_numbers_that_are_not_finite_are_left_out(tmp_path):
     writer.close()
     (line,) = read_metrics(tmp_path)
     assert line.keys() == {"step", "time", "guard/skipped"}
+
+
+def test_a_validation_that_is_owed_is_not_there_twice(tmp_path):
+    write(tmp_path, [1, 2])
+    writer = MetricWriter(tmp_path, CONFIG, resume_step=2)
+    for step in (1, 2):
+        writer.write(step, {"eval/recall": 1.0})
+    writer.close()
+    for owed in (False, True):
+        MetricWriter(tmp_path, CONFIG, resume_step=2, unvalidated=owed).close()
+        found = [(line["step"], "eval/recall" in line) for line in read_metrics(tmp_path)]
+        assert found == [(1, False), (2, False), (1, True), (2, True)][: 4 - owed]
+
+
+def test_storage_that_does_not_answer_is_no_fault_of_the_input(tmp_path):
+    writer = MetricWriter(tmp_path, CONFIG, resume_step=0)
+    writer._file.close()
+    writer._file = Mock()
+    writer._file.write.side_effect = OSError(errno.ESTALE, "Stale file handle")
+    with pytest.raises(StorageError, match="Stale file handle"):
+        writer.write(1, {"loss": 1.0})
 
 
 def test_a_full_disk_is_one_line(tmp_path):

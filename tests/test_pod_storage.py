@@ -6,8 +6,9 @@ import re
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
+
+import pytest
 
 from instap_jax.errors import EXIT_STORAGE, EXIT_USER_ERROR
 
@@ -21,7 +22,7 @@ def run(scenario: str, count: int, folder: Path) -> tuple[list[int], list[str]]:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     flags = re.sub(r"--xla_force\S+", "", os.environ.get("XLA_FLAGS", ""))
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_NUM_CPU_DEVICES": "1"}
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_NUM_CPU_DEVICES": "2"}
     processes = [
         subprocess.Popen(
             [sys.executable, SCRIPT, scenario, str(rank), str(count), port, folder / "run"],
@@ -45,12 +46,24 @@ def test_processes_agree_and_save_beside_each_other(tmp_path):
     assert codes == [0, 0], "\n".join(outputs)
 
 
-def test_a_save_that_fails_one_process_in_the_background_is_noticed(tmp_path):
-    start = time.monotonic()
-    codes, outputs = run("background", 2, tmp_path)
+@pytest.mark.parametrize("scenario", ["background", "at_the_end"])
+def test_a_save_that_fails_one_process_is_noticed_at_once(tmp_path, scenario):
+    codes, outputs = run(scenario, 2, tmp_path)
     assert codes[0] == EXIT_STORAGE and "Input/output error" in outputs[0], outputs[0]
     assert codes[1] not in (0, EXIT_USER_ERROR), outputs[1]
-    assert time.monotonic() - start < SOON
+
+
+@pytest.mark.parametrize("fails", [0, 1])
+def test_a_process_that_fails_alone_ends_with_its_own_code(tmp_path, fails):
+    codes, outputs = run(("first_fails", "second_fails")[fails], 2, tmp_path)
+    assert codes[fails] == EXIT_USER_ERROR, outputs[fails]
+    assert codes[1 - fails] not in (0, EXIT_USER_ERROR), outputs[1 - fails]
+
+
+def test_a_fault_that_all_meet_waits_for_the_save(tmp_path):
+    codes, outputs = run("all_fail", 2, tmp_path)
+    assert codes == [EXIT_USER_ERROR] * 2, "\n".join(outputs)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
 
 
 def test_a_process_lost_within_a_save_is_no_fault_of_the_input(tmp_path):

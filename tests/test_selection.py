@@ -83,6 +83,9 @@ def test_a_preempted_run_saves_at_once_and_validates_when_it_goes_on(small_set, 
     with pytest.raises(Preempted):
         train(validated(small_set), parts, Ask.PREEMPTED)
     assert checkpoint.read_meta(str(parts))[0] == 1 and not logged(parts)
+    shutil.copytree(parts, tmp_path / "other")
+    train(validated(small_set, stop_at=2, **{"evaluation.every": None}), tmp_path / "other")
+    assert not logged(tmp_path / "other")
     assert_same(state, train(validated(small_set), parts))
     assert logged(parts) == logged(workdir)
 

@@ -64,7 +64,7 @@ def run(
         show(rows)
         return rows
     # A host that fails within a check in which hosts meet leaves the others waiting there.
-    with Watchdog(_SILENCE) as watchdog:
+    with Watchdog(_SILENCE + seconds) as watchdog:
         more, mesh, program = _machine_and_inputs(config, workdir, hosts, chips)
         rows = of_all_hosts(rows + more)
         show(rows)

@@ -74,10 +74,11 @@ def first_batches(config: ConfigDict, mesh: Mesh) -> tuple[Row, dict[Kind, Fed]]
 
 
 def _judge(feed: Feed) -> None:
-    """Raises what would end a training of these batches."""
+    """Raises what would end a training of these batches; on several hosts not the share of
+    unreadable samples, which varies from one to the other and counts for all together."""
     if feed.fault:
         raise feed.fault
-    if jax.process_count() == 1:  # the share that counts is that of all hosts: of one it varies
+    if jax.process_count() == 1:
         feed.judge(feed.news())
 
 

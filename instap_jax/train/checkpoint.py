@@ -17,6 +17,7 @@ import contextlib
 import itertools
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,14 @@ class Manager(ocp.CheckpointManager):
             self.failure = error
             raise
 
+    def finish(self) -> None:
+        """Waits for a save in the background; raises what it met."""
+        while self.is_saving_in_progress() and not self.failure:
+            time.sleep(0.02)
+        if self.failure and jax.process_count() > 1:
+            raise self.failure
+        self.wait_until_finished()
+
 
 def open_manager(
     workdir: str, options: ocp.CheckpointManagerOptions, which: str = NEWEST
@@ -125,8 +134,13 @@ def tidy_best(workdir: str) -> None:
         _best_manager(workdir) as manager,
     ):
         set_aside_damaged(manager, workdir, READ)
-        for step in sorted(manager.all_steps())[:-1]:
+        # The oldest of several, as long as there are several.
+        while (step := _said_by_main(lambda: _superfluous(manager))) != _NONE:
             manager.delete(step)
+
+
+def _superfluous(manager: ocp.CheckpointManager) -> int:
+    return min(sorted(manager.all_steps())[:-1], default=_NONE)
 
 
 def _best_manager(workdir: str) -> ocp.CheckpointManager:

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 import instap_jax
 from instap_jax import sharding
-from instap_jax.errors import UserError
+from instap_jax.errors import AgreedFault, UserError
 from instap_jax.progress import Progress
 from instap_jax.train import checkpoint, dump, flops, inputs
 from instap_jax.train.clock import StepClock
@@ -109,11 +109,14 @@ def _run(
     both = bool(config.data.videos and config.data.images)
     means = StepMeans(split=both, kept=(kept or {}).get("log"))
     feed = Feed(config, mesh, start_step=start, state=kept)
-    writer = MetricWriter(workdir, config, resume_step=start) if _is_main() else None
+    owed = bool(kept and kept.get("unvalidated") and selection.due(start))
+    writer = None
+    if _is_main():
+        writer = MetricWriter(workdir, config, resume_step=start, unvalidated=owed)
     tools = checkpointer, feed, writer, means, stop, selection, guard, watchdog
     run = _Run(config, workdir, mesh, program, *tools, made_with=found)
     try:
-        if (kept or {}).get("unvalidated"):
+        if owed:
             run.validate(state, start)
         return run.steps(state, frozen, start, last)
     finally:
@@ -203,13 +206,16 @@ class _Run:
         """What any process asks for, at the same step in all of them.
 
         Raises:
-          UserError: the data, of one process or of all together, have too many faults.
+          AgreedFault: the data, of one process or of all together, have too many faults.
         """
         mine = Ask.FAULT if self._feed.fault else self._stop.asked
         asked, news = self._agreement.exchange(mine, self._feed.news())
-        if asked is Ask.FAULT:
-            raise self._feed.fault or UserError("stopped: another process says why")
-        self._feed.judge(news)
+        try:
+            if asked is Ask.FAULT:
+                raise self._feed.fault or UserError("stopped: another process says why")
+            self._feed.judge(news)
+        except UserError as error:
+            raise AgreedFault(str(error)) from error
         return asked
 
     def _finish(self, step: int, metrics, fed: Fed, state: TrainState) -> str:
@@ -246,7 +252,7 @@ class _Run:
             }
             line += f"; {dump.write(self._workdir, state, fed.batch, step=step, meta=facts)}"
         last = self._checkpointer.latest_step() or 0
-        raise UserError(f"{line}; stopped. The last checkpoint is from step {last}")
+        raise AgreedFault(f"{line}; stopped. The last checkpoint is from step {last}")
 
     def _counts(self) -> dict[str, float]:
         """What went wrong so far: samples without data by reason, updates and losses."""

@@ -13,8 +13,10 @@ from typing import Any, TextIO
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
-from instap_jax.errors import UserError
+from instap_jax.errors import UserError, cannot
 from instap_jax.types import Kind
+
+EVAL = "eval/"  # prefix of what a validation measures
 
 
 class MetricWriter:
@@ -27,16 +29,19 @@ class MetricWriter:
       workdir: of the run.
       config: the resolved configuration.
       resume_step: steps already done.
+      unvalidated: the last of them is to be validated again, see `loop`.
     """
 
-    def __init__(self, workdir: Path, config: ConfigDict, *, resume_step: int):
+    def __init__(
+        self, workdir: Path, config: ConfigDict, *, resume_step: int, unvalidated: bool = False
+    ):
         path = workdir / "metrics.jsonl"
         if path.exists():
-            _truncate(path, resume_step)
+            _truncate(path, resume_step, unvalidated=unvalidated)
         try:
             self._file: TextIO = path.open("a")
         except OSError as error:
-            raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+            raise cannot(f"{path}: cannot be written", error) from error
         self._board = None
         if config.log.tensorboard:
             self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
@@ -69,7 +74,7 @@ class MetricWriter:
         try:
             yield
         except OSError as error:
-            raise UserError(f"{self._file.name}: cannot be written: {error.strerror}") from error
+            raise cannot(f"{self._file.name}: cannot be written", error) from error
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # of a line whose writing has already raised
@@ -149,14 +154,18 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _truncate(path: Path, step: int) -> None:
-    kept = [line for line in read_metrics(path.parent) if line["step"] <= step]
+def _truncate(path: Path, step: int, *, unvalidated: bool) -> None:
+    def stays(line: dict) -> bool:
+        again = unvalidated and line["step"] == step
+        return line["step"] <= step and not (again and any(key.startswith(EVAL) for key in line))
+
+    kept = [line for line in read_metrics(path.parent) if stays(line)]
     aside = path.with_suffix(".partial")
     try:
         aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(aside, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+        raise cannot(f"{path}: cannot be written", error) from error
 
 
 def _start_wandb(workdir: Path, config: ConfigDict):

@@ -10,7 +10,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from instap_jax.errors import UserError
+from instap_jax.errors import cannot
 
 PROFILE_DIRECTORY = "profile"
 CACHE_DIRECTORY = "xla_cache"
@@ -88,9 +88,7 @@ def use_compile_cache(config: ConfigDict, workdir: Path, mesh: Mesh) -> str | No
         if "://" not in directory:
             os.makedirs(directory, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"config.compute.cache_dir={directory}: cannot be made: {error.strerror}"
-        ) from error
+        raise cannot(f"config.compute.cache_dir={directory}: cannot be made", error) from error
     jax.config.update("jax_compilation_cache_dir", directory)
     compilation_cache.reset_cache()  # goes on with the one before else, if that was in use
     return directory

@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from instap_jax.errors import Stopped, UserError
+from instap_jax.errors import AgreedFault, Stopped, UserError
 from instap_jax.train import integrity
 from instap_jax.train.checkpoint import (
     DIRECTORY,
@@ -40,7 +40,8 @@ class Checkpointer:
         of a failure at the same step, and would not save the same one; whoever starts them again
         makes them go on from the last checkpoint.
 
-    A context in which checkpoints are written; it ends when all are.
+    A context in which checkpoints are written. It ends when all are, or, after a fault of one
+    process of several, at once.
 
     Attributes:
       resumed: the step that `restore` gives, the same in every process; None: nothing is there.
@@ -68,12 +69,12 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind, *exc) -> None:
-        if kind is None or issubclass(kind, Stopped):
+        together = kind is None or issubclass(kind, (Stopped, AgreedFault))
+        if not together and jax.process_count() > 1:
+            return  # the others may never come to where this one would wait for them
+        # What ended the run says why it did.
+        with contextlib.suppress(UserError) if kind else contextlib.nullcontext():
             self.close()
-        elif jax.process_count() == 1:
-            with contextlib.suppress(UserError):  # what ended the run says why
-                self.close()
-        # Else the others may never come to where this one would wait for them.
 
     def latest_step(self) -> int | None:
         """Of the newest checkpoint, one being written included."""
@@ -181,7 +182,7 @@ class Checkpointer:
         step, self._in_progress = self._in_progress, None
         try:
             with storage_faults("cannot save"):
-                self._manager.wait_until_finished()
+                self._manager.finish()
         except UserError as error:
             self._failed(step, error)
         else:

@@ -16,14 +16,13 @@ from ml_collections import ConfigDict
 
 from instap_jax.errors import UnreadableSample, UserError
 from instap_jax.train import checkpoint
+from instap_jax.train.metrics import EVAL
 from instap_jax.train.program import Program
 
 # (parameters, step) -> metrics by name, as 'val_video/instance/mean_recall', the same on all hosts.
 Validate = Callable[[nnx.State, int], dict[str, float]]
 # (config, mesh, structure of the model) -> Validate.
 MakeValidate = Callable[[ConfigDict, Mesh, nnx.GraphDef], Validate]
-
-PREFIX = "eval/"  # of the metrics in the run's log
 
 
 class Selection:
@@ -81,7 +80,7 @@ class Selection:
         to read is often the storage, for a moment.
 
         Returns:
-          The metrics under `PREFIX`, for the run's log; none where a sample was unreadable.
+          The metrics under `metrics.EVAL`, for the run's log; none where a sample was unreadable.
 
         Raises:
           UserError: the metric to choose by is none of them.
@@ -107,7 +106,7 @@ class Selection:
                 self._best = value
             if jax.process_index() == 0:
                 print(f"step {step}: {self._metric} {value:.2f}, best {self._best:.2f}")
-        return {PREFIX + name: value for name, value in found.items()}
+        return {EVAL + name: value for name, value in found.items()}
 
 
 def _measured(config: Mapping[str, Any]) -> dict[str, Any]:
