@@ -68,9 +68,7 @@ def _data() -> ConfigDict:
     c.workers = 4  # processes per host that read and decode; 0: in the main process
     c.prefetch = 4  # batches buffered per worker
     c.device_prefetch = 2  # batches already on the device
-    c.max_fault_rate = (
-        0.01  # more unreadable samples than this share of all, since the start, stop it
-    )
+    c.max_fault_rate = 0.01  # a larger share of unreadable samples, since the start, stops it
     # Seconds after which reading one sample is given up: it is left out, its worker replaced.
     c.decode_timeout = 60.0
     c.shuffle = True

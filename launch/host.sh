@@ -106,6 +106,7 @@ case "${1:-}" in
     exit "$code"
     ;;
   stop)
+    exec 9>"$state-lock" && flock 9 && exec 9>&- # a run that is just beginning has begun
     end_run
     ;;
   *)
