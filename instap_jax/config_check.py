@@ -476,9 +476,7 @@ def keep_tokenizer(config: ConfigDict, workdir: Path) -> None:
     try:
         content = Path(config.tokenizer.path).read_bytes()
     except OSError as error:
-        raise UserError(
-            f"cannot read tokenizer.path {config.tokenizer.path!r}: {error.strerror}"
-        ) from error
+        raise cannot(f"cannot read tokenizer.path {config.tokenizer.path!r}", error) from error
     _write_whole(copy, content)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from instap_jax.errors import Stopped, UserError, exit_code
+from instap_jax.errors import EXIT_STORAGE, Stopped, StorageError, UserError, exit_code
 from instap_jax.progress import Progress
 
 # All three or none: a process that was told one of them is meant to be part of a pod.
@@ -100,8 +100,10 @@ def first(task: Callable[[], None]) -> None:
             task()
         except UserError as error:
             fault = error
-    if any(_gather(fault is not None)):
-        raise fault or UserError("process 0 has met a fault; it says which")
+    codes = _gather(0 if fault is None else exit_code(fault))
+    if any(codes):
+        kind = StorageError if EXIT_STORAGE in codes else UserError  # of which another start is due
+        raise fault or kind("process 0 has met a fault; it says which")
 
 
 def check_shared(path: Path) -> None:

@@ -16,6 +16,9 @@ _PASSES = (
 )  # fmt: skip
 
 
+_OF_THE_PATH = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+
+
 class UserError(Exception):
     """A fault of the input, not of the program: a wrong path, key, file or value.
 
@@ -34,10 +37,24 @@ class AgreedFault(UserError):
     vain."""
 
 
+def passes(error: BaseException) -> bool:
+    """Whether it is of storage that may be well at the next start."""
+    return isinstance(error, OSError) and error.errno in _PASSES
+
+
 def cannot(what: str, error: OSError) -> UserError:
     """`what`, and why, as a `StorageError` where it may pass."""
-    kind = StorageError if error.errno in _PASSES else UserError
+    kind = StorageError if passes(error) else UserError
     return kind(f"{what}: {error.strerror}")
+
+
+def is_of_the_path(error: BaseException) -> bool:
+    """Whether the system says of a path that was named that it may not be used."""
+    return (
+        isinstance(error, OSError)
+        and error.errno in _OF_THE_PATH
+        and isinstance(error.filename, str)
+    )
 
 
 class UnreadableSample(UserError):
@@ -59,5 +76,8 @@ def exit_code(error: BaseException) -> int:
         UserError: EXIT_USER_ERROR,
         Preempted: EXIT_PREEMPTED,
         KeyboardInterrupt: EXIT_INTERRUPTED,
+        BrokenPipeError: EXIT_BROKEN_PIPE,
     }
+    if is_of_the_path(error):
+        return EXIT_USER_ERROR
     return next((code for kind, code in codes.items() if isinstance(error, kind)), 1)

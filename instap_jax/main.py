@@ -5,7 +5,6 @@ and without JAX.
 """
 
 import difflib
-import errno
 import importlib
 import keyword
 import os
@@ -18,15 +17,14 @@ from absl import flags, logging
 
 from instap_jax import __version__
 from instap_jax.errors import (
-    EXIT_BROKEN_PIPE,
     EXIT_USER_ERROR,
     Preempted,
     UserError,
     exit_code,
+    is_of_the_path,
 )
 
 # What a path of the user's can meet anywhere; of others no one knows whose fault they are.
-_OF_THE_PATH = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 
 # Verb -> one line of help. The module is `instap_jax.commands.<verb>` ('import_', as Python keeps
 # that word for itself). It has `define_flags(values: flags.FlagValues)` and
@@ -71,14 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"instap {argv[0]}: {_one_line(error)}", file=sys.stderr)
         return exit_code(error)
-    except BrokenPipeError:  # whoever read what we print has enough: `| head`
+    except BrokenPipeError as error:  # whoever read what we print has enough: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
+        return exit_code(error)
     except OSError as error:
-        if error.errno not in _OF_THE_PATH or not isinstance(error.filename, str):
+        if not is_of_the_path(error):
             raise
         print(f"instap {argv[0]}: {error.filename}: {error.strerror}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return exit_code(error)
     except KeyboardInterrupt as error:
         how = "preempted" if isinstance(error, Preempted) else "interrupted"
         print(f"instap {argv[0]}: {how}", file=sys.stderr)

@@ -17,7 +17,7 @@ state="${TMPDIR:-/tmp}/instap-$(id -u)" # .start .pid .asked .code; gone after a
 log=~/instap.log
 host=$(hostname)
 
-begun() { cat "$state.start" 2>/dev/null; }
+begun() { [ -f "$state.pid" ] && cat "$state.start" 2>/dev/null; }
 
 # The process group of the run, if it is alive.
 running() { [ -e "$state.pid" ] && kill -0 -- "-$(cat "$state.pid")" 2>/dev/null; }
@@ -94,8 +94,8 @@ case "${1:-}" in
       echo "[$host] connected again"
     else
       rm -f "$state".*
+      echo "[$host] start from checkpoint $(newest "$@")" # may end us: nothing has begun yet
       echo "$start" >"$state.start"
-      echo "[$host] start from checkpoint $(newest "$@")"
       begin "$@"
     fi
     exec 9>&-

@@ -1,9 +1,11 @@
 """Runs the commands of a launcher, or, for --dry-run, prints exactly what it would run."""
 
+import contextlib
 import dataclasses
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -92,9 +94,11 @@ class Shell:
         return next((code for code in [one.wait() for one in processes] if code), 0)
 
     def end(self) -> None:
-        """Ends what `stream` runs."""
+        """Ends what `stream` runs, and what that has started, which holds its output."""
         for process in self._streams:
-            process.terminate()
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGTERM)
 
     def start(self, commands: Sequence[Sequence[str]]) -> None:
         """Starts commands and does not wait for them."""

@@ -183,7 +183,7 @@ class Run:
         self._args, self._resource, self._slice, self._verb = args, resource, one, verb
         self._shell = resource.shell
         self._signals = Signals(lambda number: self._ask_to_stop())
-        self._installed = self._runs = False
+        self._installed = self._runs = self._lost = False
         self._newest: int | None = None
 
     def supervise(self) -> int:
@@ -197,6 +197,8 @@ class Run:
                 stopped=self._signals.asked,
                 sleep=self._signals.sleep,
             )
+        if self._signals.asked() and self._lost:  # what runs there no longer tells us, but runs
+            self._resource.stop()
         say(f"the slices are still yours: python launch/tpu.py delete --name={self._args.name} ...")
         return code
 
@@ -249,7 +251,7 @@ class Run:
     def _run(self) -> int:
         self._runs = True
         try:
-            return self._run_on_hosts()
+            return INTERRUPTED if self._signals.asked() else self._run_on_hosts()
         finally:
             self._runs = False
 
@@ -260,6 +262,7 @@ class Run:
         )
         hosts = self._slice.hosts * self._args.slices
         lost = hosts - len(codes)
+        self._lost = bool(lost)
         if lost:
             say(f"{lost} of {hosts} hosts did not say how they ended (gcloud: {gcloud})")
         return pod_code([*codes.values(), *[LOST] * lost])
@@ -272,6 +275,8 @@ class Run:
             codes[match[1]], step = int(match[2]), match[3]
         elif match := _START.match(line):
             step = match[1]
+            if self._signals.asked():  # it was asked before there was anything to be ended
+                self._resource.ask_to_stop()
         if step:
             self._newest = max(self._newest or 0, int(step))
 

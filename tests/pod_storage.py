@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from instap_jax import distributed
 from instap_jax.config import default
-from instap_jax.errors import AgreedFault, StorageError, UserError, exit_code
+from instap_jax.errors import AgreedFault, StorageError, UserError, cannot, exit_code
 from instap_jax.train import checkpoint, integrity, saving
 from instap_jax.train.peers import Agreement
 from instap_jax.train.state import TrainState
@@ -100,6 +100,15 @@ def at_the_end(rank: int, mesh, workdir: str) -> None:
     with saving.Checkpointer(workdir, every=1, keep=1) as saver:
         save(saver, mesh, 1, wait=True)
     raise AssertionError("saved")
+
+
+def prepared(rank: int, mesh, workdir: str) -> None:
+    """The storage fails process 0 in what it does for all."""
+
+    def task():
+        raise cannot("config.json", OSError(errno.ESTALE, "Stale file handle"))
+
+    distributed.first(task)
 
 
 def first_fails(rank: int, mesh, workdir: str) -> None:

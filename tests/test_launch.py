@@ -248,7 +248,7 @@ def a_host(tmp_path):
     (root / "launch").mkdir()
     (root / "launch" / "host.sh").write_text((LAUNCH / "host.sh").read_text())
 
-    def call(*words, script=None):
+    def call(*words, script=None, stdout=subprocess.PIPE):
         program = root / ".venv" / "bin" / "instap"
         if script is not None:
             program.write_text(f"#!{sys.executable}\n{script}")
@@ -256,7 +256,7 @@ def a_host(tmp_path):
         return subprocess.Popen(
             ["bash", root / "launch" / "host.sh", *words],
             env=os.environ | {"HOME": str(tmp_path), "TMPDIR": str(tmp_path)},
-            stdout=subprocess.PIPE,
+            stdout=stdout,
             text=True,
             start_new_session=True,
         )
@@ -337,6 +337,15 @@ def test_host_a_broken_connection_costs_the_run_nothing(a_host):
     assert "saved, asked 1\n" in again.stdout.read()
     late = a_host("run", "1", "train")  # and once more, after its end
     assert late.wait(timeout=30) == 75 and "exit code 75" in late.stdout.read()
+
+
+def test_host_a_connection_that_breaks_before_the_run_begins_loses_no_start(a_host):
+    read, write = os.pipe()
+    os.close(read)  # who writes there is killed by SIGPIPE
+    assert a_host("run", "1", "train", script="print('runs')", stdout=write).wait(timeout=30) != 0
+    os.close(write)
+    again = a_host("run", "1", "train")
+    assert again.wait(timeout=30) == 0 and "runs" in again.stdout.read()
 
 
 def test_host_the_same_start_twice_at_once_is_one_run(a_host):

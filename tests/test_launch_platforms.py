@@ -4,6 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -146,10 +147,43 @@ def fake(folder, script, name="gcloud", first=4):
     return folder / "log"
 
 
-def tpu_run(folder, monkeypatch, accelerator="v5e-4"):
+def tpu_run(folder, monkeypatch, accelerator="v5e-4", flags=()):
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(tpu, "POLL", 0.01)
-    return tpu.main([*TPU, f"--accelerator={accelerator}", "--delay=0.01", "--", *TRAIN])
+    flags = [f"--accelerator={accelerator}", "--delay=0.01", *flags]
+    return tpu.main([*TPU, *flags, "--", *TRAIN])
+
+
+def test_tpu_setup_comes_before_every_start(tmp_path, monkeypatch):
+    """Of which the second finds everything installed."""
+    script = """
+if words[0] == "describe":
+    print("ACTIVE")
+if " run " in " ".join(words):
+    print(f"[h0] exit code {1 if before.count('ssh') < 4 else 0}, checkpoint ")
+if "mnt" in " ".join(words):
+    assert before[-1] == "describe", before
+"""
+    log = fake(tmp_path, script)
+    assert tpu_run(tmp_path, monkeypatch, flags=["--setup=mnt"]) == 0
+    assert log.read_text() == "describe ssh scp ssh ssh describe ssh ssh"
+
+
+def test_tpu_a_signal_breaks_off_what_goes_before_a_run(tmp_path, monkeypatch):
+    """What gcloud has started holds its output."""
+    script = """
+import os, signal, subprocess
+if words[0] == "describe":
+    print("ACTIVE")
+if words[0] == "scp":
+    subprocess.Popen(["sleep", "60"])
+    os.kill(os.getppid(), signal.SIGTERM)
+    signal.pause()
+"""
+    fake(tmp_path, script)
+    start = time.monotonic()
+    assert tpu_run(tmp_path, monkeypatch) == 130
+    assert time.monotonic() - start < 50
 
 
 def test_tpu_preempted_slices_are_asked_for_again_and_resumed(tmp_path, monkeypatch, capfd):

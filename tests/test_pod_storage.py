@@ -53,6 +53,12 @@ def test_a_save_that_fails_one_process_is_noticed_at_once(tmp_path, scenario):
     assert codes[1] not in (0, EXIT_USER_ERROR), outputs[1]
 
 
+def test_storage_that_fails_process_0_before_the_run_is_final_for_none(tmp_path):
+    codes, outputs = run("prepared", 2, tmp_path)
+    assert codes[0] == EXIT_STORAGE and "Stale file handle" in outputs[0], outputs[0]
+    assert codes[1] not in (0, EXIT_USER_ERROR), outputs[1]
+
+
 @pytest.mark.parametrize("fails", [0, 1])
 def test_a_process_that_fails_alone_ends_with_its_own_code(tmp_path, fails):
     codes, outputs = run(("first_fails", "second_fails")[fails], 2, tmp_path)

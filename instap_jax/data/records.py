@@ -26,7 +26,7 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tensorflow_datasets.proto import tf_example_pb2
 
 from instap_jax.data import media
-from instap_jax.errors import UserError
+from instap_jax.errors import StorageError, UserError, cannot, passes
 from instap_jax.types import Fault, Kind, Record
 
 DATASET_NAME = "instap"
@@ -337,7 +337,7 @@ def open_source(
         `max_missing` of it is missing.
     """
     directory = os.fspath(directory)
-    kinds = [k.value for k in Kind if os.path.isfile(_info_file(directory, k))]
+    kinds = [k.value for k in Kind if _is_packed(directory, k)]
     if not kinds:
         why = "holds no packed data" if os.path.isdir(directory) else "does not exist"
         raise UserError(f"data directory {directory!r} {why}; make it with `instap pack`")
@@ -347,7 +347,8 @@ def open_source(
     try:
         splits = tfds.builder_from_directory(path).info.splits
     except Exception as error:
-        raise UserError(f"cannot read the dataset description in {path!r}: {error}") from error
+        kind = StorageError if passes(error) else UserError
+        raise kind(f"cannot read the dataset description in {path!r}: {error}") from error
     if split not in splits:
         near = difflib.get_close_matches(split, splits, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -377,9 +378,21 @@ def _pack_of(directory: str) -> str | None:
             pack = json.load(file).get("pack")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, AttributeError) as error:
+    except OSError as error:
+        raise cannot(f"cannot read {path!r}", error) from error
+    except (ValueError, AttributeError) as error:
         raise UserError(f"cannot read {path!r}: {error}; copy it again or pack again") from error
     return None if pack is None else str(pack)
+
+
+def _is_packed(directory: str, kind: Kind) -> bool:
+    try:
+        os.stat(_info_file(directory, kind))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:  # says nothing about what is there
+        raise cannot(f"cannot read {directory!r}", error) from error
+    return True
 
 
 def _info_file(directory: str, kind: Kind) -> str:

@@ -16,7 +16,7 @@ import sentencepiece
 import tokenizers
 from ml_collections import ConfigDict
 
-from instap_jax.errors import UserError
+from instap_jax.errors import UserError, cannot
 
 SPECIAL_PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # sentencepiece ids 0-4
 
@@ -177,7 +177,7 @@ def load_tokenizer(tokenizer_config: ConfigDict) -> Tokenizer:
         with open(path, "rb") as file:
             data = file.read()
     except OSError as error:
-        raise UserError(f"cannot read tokenizer.path {path!r}: {error.strerror}") from error
+        raise cannot(f"cannot read tokenizer.path {path!r}", error) from error
     try:
         found = (SentencePieceTokenizer if kind == "sentencepiece" else WordPieceTokenizer)(data)
     except ValueError as error:

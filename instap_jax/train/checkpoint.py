@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from instap_jax.errors import StorageError, UserError
+from instap_jax.errors import StorageError, UserError, passes
 from instap_jax.train import integrity
 
 DIRECTORY = "checkpoints"
@@ -44,8 +44,8 @@ def storage_faults(what: str):
     """Whatever storage raises, through orbax and tensorstore, as one line of ours.
 
     Raises:
-      UserError: in a single process. StorageError: in one of several, where it may also be that
-        another has died within a save, and a new start mends both.
+      UserError, or StorageError where it may pass: in one of several processes always, as it may
+        be that another has died within a save.
     """
     try:
         yield
@@ -56,7 +56,7 @@ def storage_faults(what: str):
         if system := re.search(r": ([^:]+) \[os_error_code", reason):
             reason = f"{system[1]}: {reason}"  # tensorstore names it at the end of a long line
         reason = reason[:300]
-        kind = UserError if jax.process_count() == 1 else StorageError
+        kind = StorageError if jax.process_count() > 1 or passes(error) else UserError
         raise kind(f"{what} ({type(error).__name__}: {reason})") from error
 
 
