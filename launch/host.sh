@@ -79,7 +79,7 @@ case "${1:-}" in
     . launch/install.sh
     ;;
   run)
-    start="$2"
+    start="${2:?START}"
     shift 2
     exec 9>"$state-lock" || exit 1
     flock 9 # the same command may come twice

@@ -292,13 +292,14 @@ time.sleep(60)
 """
 
 
+SECOND = "print('second')"
+
+
 @pytest.mark.parametrize("how", ["stop", "run"])
 def test_host_ends_what_runs_when_asked_and_before_another_start(a_host, how):
     first = a_host("run", "1", "train", script=WAITS)
     assert "start from" in first.stdout.readline() and "ready" in first.stdout.readline()
-    second = a_host("stop")
-    if how == "run":
-        second = a_host("run", "2", "train", script="print('second')")
+    second = a_host("stop") if how == "stop" else a_host("run", "2", "train", script=SECOND)
     assert second.wait(timeout=30) == 0
     code, output = first.wait(timeout=30), first.stdout.read()
     if how == "run":
