@@ -2,8 +2,11 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
 
+# Scripts, not a package: they run where nothing is installed.
+sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 # Unoptimised code compiles many times faster, and tests compile far more than they compute: the

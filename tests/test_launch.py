@@ -9,14 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import local_pod
 import pytest
+import supervise
+import tpu
 
 LAUNCH = Path(__file__).parent.parent / "launch"
-sys.path.insert(0, str(LAUNCH))  # scripts, not a package: they run where nothing is installed
-
-import local_pod  # noqa: E402
-import supervise  # noqa: E402
-import tpu  # noqa: E402
 
 # --- the supervisor
 
