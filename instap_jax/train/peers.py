@@ -30,7 +30,7 @@ class Agreement:
         self._together = jax.jit(_together, out_shardings=NamedSharding(mesh, P()))
         self._told: jax.Array | None = None
 
-    def exchange(self, ask: Ask, counts: Sequence[int] = ()) -> tuple[Ask, list[int]]:
+    def exchange(self, ask: Ask, counts: Sequence[int]) -> tuple[Ask, list[int]]:
         """Tells the other processes what this one asks and has counted since the last time.
 
         Returns:
